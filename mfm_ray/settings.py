@@ -1,0 +1,177 @@
+"""Typed settings: frozen dataclasses whose fields state what is allowed, built from plain nested dicts.
+
+A field made by `setting(...)` carries one line of help and its bounds; `from_dict` builds the dataclass and refuses
+whatever does not fit with one line that names key, value and what is allowed. Values live in the YAML files of
+`mfm_ray/conf`, not here, so a field has no default and a missing key is an error.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mfm_ray.errors import InputError
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """What a setting may be beyond its type. `above` is an open lower bound, `below` an open upper one."""
+
+    doc: str
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] | None = None
+
+    def admits(self, value: Any) -> bool:
+        if self.choices is not None and value not in self.choices:
+            return False
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def bounds(self) -> str:
+        named = (
+            ("of at least", self.minimum),
+            ("above", self.above),
+            ("of at most", self.maximum),
+            ("below", self.below),
+        )
+        return " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
+
+
+def setting(doc: str, **bounds: Any) -> Any:
+    """A required dataclass field with help and bounds (the arguments of `Allowed`)."""
+    return dataclasses.field(metadata={"allowed": Allowed(doc=doc, **bounds)})
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name most like `word`, or None where nothing is alike.
+
+    A dotted name is also found by its last part, so that `stage` finds `zero.stage`.
+    """
+    names = list(names)
+    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if found:
+        return found[0]
+    last = word.rsplit(".", 1)[-1]
+    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
+    return by_last[found[0]] if found else None
+
+
+def from_dict(cls: type[Settings], values: Mapping[str, Any], *, prefix: str = "") -> Settings:
+    """Builds the settings dataclass `cls` from a plain nested dict.
+
+    Raises:
+        InputError: a key is unknown or missing, a value has the wrong type or is out of bounds; one line.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+    built = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        key = f"{prefix}{field.name}"
+        if field.name not in values:
+            raise InputError(f"{key}: missing; expected {expected(hints[field.name], field.metadata['allowed'])}")
+        built[field.name] = _convert(values[field.name], hints[field.name], field.metadata["allowed"], key)
+    return cls(**built)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> InputError:
+    """The error for a key that nothing reads, with the nearest one that something does."""
+    known = sorted(known)
+    close = nearest(key, known)
+    hint = f"did you mean {close}?" if close else f"known keys are {', '.join(known)}"
+    return InputError(f"{key}: unknown key; {hint}")
+
+
+def expected(hint: Any, allowed: Allowed) -> str:
+    """What a setting may be, in words: `one of fp32, bf16`, `a whole number of at least 1, or null`."""
+    text = " or ".join(_kind(member) for member in _members(hint) if member is not type(None))
+    if allowed.choices is not None:
+        text = f"one of {', '.join(map(str, allowed.choices))}"
+    elif allowed.bounds():
+        text = f"{text} {allowed.bounds()}"
+    return f"{text}, or null" if type(None) in _members(hint) else text
+
+
+def leaves(cls: type, *, prefix: str = "") -> dict[str, tuple[Any, Allowed]]:
+    """Type and bounds of every setting below `cls`, by dotted key, in the order of the class."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, tuple[Any, Allowed]] = {}
+    for field in dataclasses.fields(cls):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= leaves(typing.cast(type, hint), prefix=f"{key}.")
+        else:
+            found[key] = (hint, field.metadata["allowed"])
+    return found
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _kind(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is list:
+        return f"a list [...] of {_kind(typing.get_args(hint)[0]).removeprefix('a ')}s"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a group of keys"
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(typing.cast(type, hint), value, prefix=f"{key}.")
+    for member in _members(hint):
+        fits, converted = _fit(value, member)
+        within = converted if isinstance(converted, list) else [converted]
+        if fits and (converted is None or all(allowed.admits(item) for item in within)):
+            return converted
+    close = nearest(str(value), map(str, allowed.choices)) if allowed.choices else None
+    hint_text = f"; did you mean {close}?" if close else ""
+    raise InputError(f"{key}={_shown(value)}: expected {expected(hint, allowed)}{hint_text}")
+
+
+def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether `value` is of the type, and the value as that type. A whole number is a number; true is neither."""
+    origin = typing.get_origin(hint)
+    if hint is type(None):
+        return value is None, None
+    if origin is list and isinstance(value, list | tuple):
+        fitted = [_fit(item, typing.get_args(hint)[0]) for item in value]
+        return all(fits for fits, _ in fitted), [item for _, item in fitted]
+    if origin is dict and isinstance(value, Mapping):
+        fitted = [_fit(item, typing.get_args(hint)[1]) for item in value.values()]
+        return all(fits for fits, _ in fitted), dict(zip(value, (item for _, item in fitted), strict=True))
+    if hint is Any:
+        return True, value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return True, float(value)
+    if hint in (int, float, str, bool):
+        return type(value) is hint, value
+    return False, value
+
+
+def _shown(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    is_word = value is None or isinstance(value, bool)
+    return words[value] if is_word else str(value).replace("\n", "\\n")
