@@ -1,16 +1,28 @@
 """The typed root of every job's configuration, and its composition from the YAML files of `mfm_ray/conf`.
 
-A root covers what has no constructor: budget, cadence, storage, resources. `network`, `objective`, `reward` and
-`steering` are plain dicts, because the constructor that they name is their schema. Default values stand in the YAML
-files alone; types, bounds and meaning stand here. With `mfm_ray/jobs` contract aside, nothing else imports Hydra.
+A root covers what has no constructor: budget, cadence, storage, resources. `network`, `objective`, `reward`
+and `steering` are plain dicts, because the constructor that they name is their schema. Default values stand in
+the YAML files alone; types, bounds and meaning stand here. Nothing else imports Hydra.
 """
+# ruff: noqa: RUF009 (`setting` only wraps dataclasses.field, it makes no shared default)
 
 import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from mfm_ray.errors import InputError
-from mfm_ray.settings import setting
+from mfm_ray.settings import from_dict, leaves, nearest, setting, unknown_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +39,9 @@ class JobConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     name: str = setting("name of the data set")
-    path: str | None = setting("prepared shards; null: bundled data, prepared below the run's own folder")
-    source: str | None = setting("folder of raw files; null for bundled data")
+    path: str | None = setting(
+        "folder or URI of shards; null: bundled data, prepared in the run's own folder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +65,9 @@ class ScalingConfig:
     use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker", minimum=0)
     start_timeout_s: float = setting("seconds to wait for the workers' resources", above=0)
-    max_failures: int = setting("how often a lost worker restarts the group from its last checkpoint", minimum=0)
+    max_failures: int = setting(
+        "how often a lost worker restarts the group from its last checkpoint", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +81,9 @@ class TrainConfig(JobConfig):
     max_steps: int = setting("optimiser steps", minimum=1)
     max_seconds: float | None = setting("stop after so many seconds of training; null: never", above=0)
     global_batch_size: int = setting("rows of one optimiser step, all workers together", minimum=1)
-    micro_batch_size: int | None = setting("rows of one forward pass of one worker; null: all of its part", minimum=1)
+    micro_batch_size: int | None = setting(
+        "rows of one forward pass of one worker; null: all of its part", minimum=1
+    )
     optimizer: OptimizerConfig = setting("optimiser")
     warmup_steps: int = setting("steps in which the learning rate rises linearly from 0", minimum=0)
     learning_rate_schedule: str = setting(
@@ -81,13 +98,16 @@ class TrainConfig(JobConfig):
     checkpoints_to_keep: int = setting("checkpoints kept, the newest", minimum=1)
     log_every: int = setting("steps between lines of metrics.jsonl", minimum=1)
     sample_every: int = setting("steps between sample grids; 0: none", minimum=0)
-    classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
+    classifier_steps: int = setting(
+        "training steps of the class judge saved beside the model; 0: none", minimum=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareDataConfig(JobConfig):
     data: DataConfig = setting("data to prepare")
-    output: str = setting("folder or URI of the shards")
+    source: str | None = setting("folder of the raw files; null for bundled data")
+    output: str | None = setting("folder or URI of the shards; null: data.path, or data/<name>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +151,135 @@ ROOTS: dict[str, type[JobConfig]] = {
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
 }
+
+
+# Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of the
+# first four, and the resources of a worker are named by the cluster.
+ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A composed root: its values as a plain nested dict, and the choice made in each of its groups."""
+
+    values: dict[str, Any]
+    choices: dict[str, str | None]
+
+
+def load_config(root: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """The validated configuration of the job `root` with the words of a command line (`key=value`).
+
+    Raises:
+        InputError: one line that names key, value, what is allowed and, for a name, the nearest valid one.
+    """
+    return from_dict(ROOTS[root], compose(root, overrides).values)
+
+
+def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
+    """Composes the YAML files of a root; types and bounds are not yet checked."""
+    words = [_quote_text(root, word) for word in overrides]
+    parsed = [_parse(word, given) for word, given in zip(words, overrides, strict=True)]
+    try:
+        return _compose(root, words)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _name_the_culprit(root, words, parsed)
+        raise InputError(f"{root}: {str(error).splitlines()[0]}") from error
+
+
+def group_choices(group: str) -> list[str]:
+    """The names that `group=` takes, from the files of the package."""
+    folder = resources.files("mfm_ray.conf") / group
+    if not folder.is_dir():
+        return []
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _compose(root: str, words: Sequence[str]) -> Composed:
+    with initialize_config_module("mfm_ray.conf", version_base="1.3"):
+        full = hydra_compose(root, overrides=list(words), return_hydra_config=True)
+    choices = {
+        str(group): choice
+        for group, choice in full.hydra.runtime.choices.items()
+        if "hydra" not in str(group)
+    }
+    OmegaConf.set_struct(full, False)
+    del full["hydra"]
+    values = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
+    return Composed(values=typing.cast(dict[str, Any], values), choices=choices)
+
+
+def _quote_text(root: str, word: str) -> str:
+    """Takes the value of a text key as it stands (`storage=s3://a/b?c=d`, `name=007`), unlike Hydra."""
+    key, equals, value = word.partition("=")
+    hint = leaves(ROOTS[root]).get(key, (None, None))[0]
+    is_text = hint is str or str in typing.get_args(hint)
+    is_plain = value not in ("", "null") and value[0] not in "'\"" and "${" not in value
+    if not (equals and is_text and is_plain) or group_choices(key):
+        return word
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _parse(word: str, given: str) -> Override:
+    """Reads one word; refuses what no job can use."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise InputError(
+            f"{given}: cannot be read; expected key=value, with quotes around other signs"
+        ) from error
+    if override.is_sweep_override():
+        raise InputError(
+            f"{given}: expected one value, not a sweep; a list is written [a,b], a text with a comma quoted"
+        )
+    key = override.key_or_group
+    if key == "hydra" or key.startswith("hydra."):
+        raise InputError(f"{given}: a job writes only below storage/name, so hydra's own keys are not taken")
+    if override.is_delete():
+        raise InputError(f"{given}: keys cannot be removed; set the key to null where that is allowed")
+    if override.package is not None:
+        raise InputError(f"{given}: expected group=choice, without @package")
+    if override.is_add() and not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
+        raise InputError(
+            f"{given}: only below {', '.join(ADDABLE)} can keys be added; write {given.lstrip('+')}"
+        )
+    return override
+
+
+def _name_the_culprit(root: str, words: Sequence[str], parsed: Sequence[Override]) -> None:
+    """Raises for the first word that names an unknown choice or key; returns where all are known."""
+    groups = _compose(root, []).choices
+    chosen = [word for word, override in zip(words, parsed, strict=True) if override.key_or_group in groups]
+    for override in parsed:
+        if override.key_or_group in groups:
+            _check_choice(override)
+    known = flatten(_compose(root, chosen).values)
+    for override in parsed:
+        if not override.is_add() and override.key_or_group not in {*known, *groups}:
+            raise unknown_key(override.key_or_group, [*known, *groups])
+
+
+def _check_choice(override: Override) -> None:
+    group, value = override.key_or_group, override.value()
+    choices = group_choices(group)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{group}={override.get_value_element_as_str()}: expected one of {', '.join(choices)}"
+        )
+    if value not in choices:
+        close = nearest(value, choices)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"{group}={value}: expected one of {', '.join(choices)}{hint}")
+
+
+def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Every node of a nested dict by dotted key, groups included."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, Mapping):
+            found |= flatten(value, prefix=f"{prefix}{key}.")
+    return found
 
 
 def to_dict(config: JobConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Typed settings: frozen dataclasses whose fields state what is allowed, built from plain nested dicts.
 
-A field made by `setting(...)` carries one line of help and its bounds; `from_dict` builds the dataclass and refuses
-whatever does not fit with one line that names key, value and what is allowed. Values live in the YAML files of
-`mfm_ray/conf`, not here, so a field has no default and a missing key is an error.
+A field made by `setting(...)` carries one line of help and its bounds; `from_dict` builds the dataclass and
+refuses whatever does not fit with one line that names key, value and what is allowed. Values live in the YAML
+files of `mfm_ray/conf`, not here, so a field has no default and a missing key is an error.
 """
 
 import dataclasses
@@ -64,13 +64,14 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     A dotted name is also found by its last part, so that `stage` finds `zero.stage`.
     """
     names = list(names)
-    found = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if found:
-        return found[0]
-    last = word.rsplit(".", 1)[-1]
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-    found = difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)
-    return by_last[found[0]] if found else None
+    last = word.rsplit(".", 1)[-1]
+    if word not in names and last in by_last:
+        return by_last[last]
+    for close, cutoff, table in ((word, 0.6, {name: name for name in names}), (last, 0.7, by_last)):
+        if found := difflib.get_close_matches(close, table, n=1, cutoff=cutoff):
+            return table[found[0]]
+    return None
 
 
 def from_dict(cls: type[Settings], values: Mapping[str, Any], *, prefix: str = "") -> Settings:
@@ -88,16 +89,20 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], *, prefix: str = "
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = f"{prefix}{field.name}"
         if field.name not in values:
-            raise InputError(f"{key}: missing; expected {expected(hints[field.name], field.metadata['allowed'])}")
+            raise InputError(
+                f"{key}: missing; expected {expected(hints[field.name], field.metadata['allowed'])}"
+            )
         built[field.name] = _convert(values[field.name], hints[field.name], field.metadata["allowed"], key)
     return cls(**built)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> InputError:
     """The error for a key that nothing reads, with the nearest one that something does."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = nearest(key, known)
-    hint = f"did you mean {close}?" if close else f"known keys are {', '.join(known)}"
+    depth = min((name.count(".") for name in known), default=0)
+    outermost = [name for name in known if name.count(".") == depth]
+    hint = f"did you mean {close}?" if close else f"known keys are {', '.join(outermost)}"
     return InputError(f"{key}: unknown key; {hint}")
 
 
@@ -152,7 +157,7 @@ def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
-    """Whether `value` is of the type, and the value as that type. A whole number is a number; true is neither."""
+    """Whether `value` is of the type, and the value as that type; a whole number is a number, true is not."""
     origin = typing.get_origin(hint)
     if hint is type(None):
         return value is None, None
