@@ -1,8 +1,8 @@
 """The typed root of every job's configuration, and its composition from the YAML files of `mfm_ray/conf`.
 
 A root covers what has no constructor: budget, cadence, storage, resources. `network`, `objective`, `reward`
-and `steering` are plain dicts, because the constructor that they name is their schema. Default values stand in
-the YAML files alone; types, bounds and meaning stand here. Nothing else imports Hydra.
+and `steering` are plain dicts, because the constructor that they name is their schema. Default values stand
+in the YAML files alone; types, bounds and meaning stand here. Nothing else imports Hydra.
 """
 # ruff: noqa: RUF009 (`setting` only wraps dataclasses.field, it makes no shared default)
 
@@ -74,7 +74,7 @@ class ScalingConfig:
 class TrainConfig(JobConfig):
     """Root of `jobs.train`. Its plain form (`to_dict`) is what workers get and every checkpoint carries."""
 
-    experiment: str | None = setting("recipe that the defaults come from")
+    experiment: str = setting("recipe that the defaults come from")
     data: DataConfig = setting("training data")
     network: dict[str, Any] = setting("network by name, with its constructor's arguments")
     objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
@@ -153,8 +153,8 @@ ROOTS: dict[str, type[JobConfig]] = {
 }
 
 
-# Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of the
-# first four, and the resources of a worker are named by the cluster.
+# Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
+# the first four, and the resources of a worker are named by the cluster.
 ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker")
 
 
@@ -172,13 +172,20 @@ def load_config(root: str, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         InputError: one line that names key, value, what is allowed and, for a name, the nearest valid one.
     """
-    return from_dict(ROOTS[root], compose(root, overrides).values)
+    composed = compose(root, overrides)
+    if composed.choices.get("experiment", "") is None:
+        recipes = ", ".join(group_choices("experiment"))
+        raise InputError(f"experiment: missing; every training starts from a recipe, one of {recipes}")
+    return from_dict(ROOTS[root], composed.values)
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     """Composes the YAML files of a root; types and bounds are not yet checked."""
     words = [_quote_text(root, word) for word in overrides]
     parsed = [_parse(word, given) for word, given in zip(words, overrides, strict=True)]
+    for override in parsed:
+        if choices := group_choices(override.key_or_group):
+            _check_choice(override, choices)
     try:
         return _compose(root, words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -212,7 +219,7 @@ def _quote_text(root: str, word: str) -> str:
     """Takes the value of a text key as it stands (`storage=s3://a/b?c=d`, `name=007`), unlike Hydra."""
     key, equals, value = word.partition("=")
     hint = leaves(ROOTS[root]).get(key, (None, None))[0]
-    is_text = hint is str or str in typing.get_args(hint)
+    is_text = hint in (str, str | None)
     is_plain = value not in ("", "null") and value[0] not in "'\"" and "${" not in value
     if not (equals and is_text and is_plain) or group_choices(key):
         return word
@@ -250,26 +257,19 @@ def _name_the_culprit(root: str, words: Sequence[str], parsed: Sequence[Override
     """Raises for the first word that names an unknown choice or key; returns where all are known."""
     groups = _compose(root, []).choices
     chosen = [word for word, override in zip(words, parsed, strict=True) if override.key_or_group in groups]
-    for override in parsed:
-        if override.key_or_group in groups:
-            _check_choice(override)
     known = flatten(_compose(root, chosen).values)
     for override in parsed:
         if not override.is_add() and override.key_or_group not in {*known, *groups}:
             raise unknown_key(override.key_or_group, [*known, *groups])
 
 
-def _check_choice(override: Override) -> None:
-    group, value = override.key_or_group, override.value()
-    choices = group_choices(group)
-    if not isinstance(value, str):
-        raise InputError(
-            f"{group}={override.get_value_element_as_str()}: expected one of {', '.join(choices)}"
-        )
-    if value not in choices:
-        close = nearest(value, choices)
-        hint = f"; did you mean {close}?" if close else ""
-        raise InputError(f"{group}={value}: expected one of {', '.join(choices)}{hint}")
+def _check_choice(override: Override, choices: list[str]) -> None:
+    group, value = override.key_or_group, override.get_value_element_as_str()
+    if value in choices or not isinstance(override.value(), str | list | None):
+        return  # a dict of keys, `data={path: x}`, is left to the check of types
+    close = nearest(value, choices)
+    hint = f"; did you mean {close}?" if close else ""
+    raise InputError(f"{group}={value}: expected one of {', '.join(choices)}{hint}")
 
 
 def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:

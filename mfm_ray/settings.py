@@ -50,7 +50,7 @@ class Allowed:
             ("of at most", self.maximum),
             ("below", self.below),
         )
-        return " and ".join(f"{word} {bound:g}" for word, bound in named if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in named if bound is not None)
 
 
 def setting(doc: str, **bounds: Any) -> Any:
