@@ -1,0 +1,121 @@
+"""The meta flow map: a stochastic flow map that draws x_1 ~ p(x_1 | x_t) in one network call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_ray.interpolants import expand_time
+from mfm_ray.noise import Noise, Stream, as_noise
+
+if TYPE_CHECKING:
+    from mfm_ray.data_space import DataSpace
+
+
+class FlowMap(nn.Module, ABC):
+    """Average velocity v_{s,u}(x_s; t, x_t) of the inner flow from N(0, Id) at s = 0 to p(x_1 | x_t) at u = 1.
+
+    Everything else is a reading of that one function: the map is X_{s,u}(x) = x + (u - s) v_{s,u}(x), the inner
+    velocity its diagonal s = u, a posterior draw X_{0,1}(eps), and the marginal drift b_t(x) the diagonal at
+    conditioning time 0, where the outer state carries no information.
+
+    Shapes: states (B, *event), times (B,) float in [0, 1], labels (B,) int64 in [0, num_classes] or None (the null
+    class, which is index num_classes), cfg_scale a value of `cfg_scales` or None.
+
+    Args:
+        space: the model's space, event shape and the way to data units.
+        num_classes: number of labels; 0 for an unconditional model.
+        cfg_scales: guidance scales that the network was trained with; empty when there were none.
+    """
+
+    def __init__(self, space: DataSpace, *, num_classes: int = 0, cfg_scales: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.space = space
+        self.num_classes = num_classes
+        self.cfg_scales = cfg_scales
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.space.event_shape
+
+    @abstractmethod
+    def velocity(
+        self,
+        x_s: Tensor,
+        s: Tensor,
+        u: Tensor,
+        *,
+        t: Tensor,
+        x_t: Tensor,
+        label: Tensor | None = None,
+        cfg_scale: float | None = None,
+    ) -> Tensor:
+        """Average velocity of the inner flow over [s, u], (B, *event); the instantaneous one where s = u."""
+
+    @abstractmethod
+    def posterior_spread(self, t: Tensor) -> Tensor:
+        """Root of the total variance of p(x_1 | x_t), averaged over x_t in the Gaussian approximation, (B,)."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What `networks.build_network` needs to build this network again, JSON-able."""
+
+    def forward(
+        self,
+        x_s: Tensor,
+        s: Tensor,
+        u: Tensor,
+        *,
+        t: Tensor,
+        x_t: Tensor,
+        label: Tensor | None = None,
+        cfg_scale: float | None = None,
+    ) -> Tensor:
+        """The map X_{s,u}(x_s) = x_s + (u - s) v_{s,u}(x_s), (B, *event); x_s itself where s = u."""
+        velocity = self.velocity(x_s, s, u, t=t, x_t=x_t, label=label, cfg_scale=cfg_scale)
+        return x_s + expand_time(u - s, x_s) * velocity
+
+    def drift(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, cfg_scale: float | None = None) -> Tensor:
+        """Marginal velocity b_t(x) = E[x_1 - x_0 | x_t = x], (B, *event): the diagonal seen from conditioning time 0."""
+        zero = torch.zeros_like(t)
+        return self.velocity(x_t, t, t, t=zero, x_t=torch.zeros_like(x_t), label=label, cfg_scale=cfg_scale)
+
+    def posterior_draws(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        num_draws: int,
+        generator: torch.Generator | Noise,
+        label: Tensor | None = None,
+        cfg_scale: float | None = None,
+        num_steps: int = 1,
+    ) -> Tensor:
+        """i.i.d. draws x_1 ~ p(x_1 | x_t), (B, num_draws, *event), differentiable in x_t at fixed inner noise.
+
+        One step is X_{0,1}(eps); more compose the map over the uniform grid of `num_steps` steps. Exact when the
+        map is. Raises ValueError for num_draws or num_steps below 1.
+        """
+        _require_at_least_one(num_draws=num_draws, num_steps=num_steps)
+        noise = as_noise(generator, like=x_t).fold_in(Stream.DRAW).spread(num_draws)
+        x = noise.normal(*self.event_shape).to(x_t).flatten(0, 1)
+        condition = {
+            "t": t.repeat_interleave(num_draws),
+            "x_t": x_t.repeat_interleave(num_draws, dim=0),
+            "label": None if label is None else label.repeat_interleave(num_draws),
+            "cfg_scale": cfg_scale,
+        }
+        for step in range(num_steps):
+            s = torch.full_like(condition["t"], step / num_steps)
+            u = torch.full_like(condition["t"], (step + 1) / num_steps)
+            x = self(x, s, u, **condition)
+        return x.unflatten(0, (x_t.shape[0], num_draws))
+
+
+def _require_at_least_one(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected an integer of at least 1")
