@@ -39,9 +39,7 @@ class JobConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     name: str = setting("name of the data set")
-    path: str | None = setting(
-        "folder or URI of shards; null: bundled data, prepared in the run's own folder"
-    )
+    path: str | None = setting("folder or URI of shards; null: bundled data, prepared in the run's own folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +63,7 @@ class ScalingConfig:
     use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker", minimum=0)
     start_timeout_s: float = setting("seconds to wait for the workers' resources", above=0)
-    max_failures: int = setting(
-        "how often a lost worker restarts the group from its last checkpoint", minimum=0
-    )
+    max_failures: int = setting("how often a lost worker restarts the group from its last checkpoint", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +77,7 @@ class TrainConfig(JobConfig):
     max_steps: int = setting("optimiser steps", minimum=1)
     max_seconds: float | None = setting("stop after so many seconds of training; null: never", above=0)
     global_batch_size: int = setting("rows of one optimiser step, all workers together", minimum=1)
-    micro_batch_size: int | None = setting(
-        "rows of one forward pass of one worker; null: all of its part", minimum=1
-    )
+    micro_batch_size: int | None = setting("rows of one forward pass of one worker; null: all of its part", minimum=1)
     optimizer: OptimizerConfig = setting("optimiser")
     warmup_steps: int = setting("steps in which the learning rate rises linearly from 0", minimum=0)
     learning_rate_schedule: str = setting(
@@ -98,9 +92,7 @@ class TrainConfig(JobConfig):
     checkpoints_to_keep: int = setting("checkpoints kept, the newest", minimum=1)
     log_every: int = setting("steps between lines of metrics.jsonl", minimum=1)
     sample_every: int = setting("steps between sample grids; 0: none", minimum=0)
-    classifier_steps: int = setting(
-        "training steps of the class judge saved beside the model; 0: none", minimum=0
-    )
+    classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +196,7 @@ def group_choices(group: str) -> list[str]:
 def _compose(root: str, words: Sequence[str]) -> Composed:
     with initialize_config_module("mfm_ray.conf", version_base="1.3"):
         full = hydra_compose(root, overrides=list(words), return_hydra_config=True)
-    choices = {
-        str(group): choice
-        for group, choice in full.hydra.runtime.choices.items()
-        if "hydra" not in str(group)
-    }
+    choices = {str(group): choice for group, choice in full.hydra.runtime.choices.items() if "hydra" not in str(group)}
     OmegaConf.set_struct(full, False)
     del full["hydra"]
     values = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
@@ -232,9 +220,7 @@ def _parse(word: str, given: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException as error:
-        raise InputError(
-            f"{given}: cannot be read; expected key=value, with quotes around other signs"
-        ) from error
+        raise InputError(f"{given}: cannot be read; expected key=value, with quotes around other signs") from error
     if override.is_sweep_override():
         raise InputError(
             f"{given}: expected one value, not a sweep; a list is written [a,b], a text with a comma quoted"
@@ -247,9 +233,7 @@ def _parse(word: str, given: str) -> Override:
     if override.package is not None:
         raise InputError(f"{given}: expected group=choice, without @package")
     if override.is_add() and not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
-        raise InputError(
-            f"{given}: only below {', '.join(ADDABLE)} can keys be added; write {given.lstrip('+')}"
-        )
+        raise InputError(f"{given}: only below {', '.join(ADDABLE)} can keys be added; write {given.lstrip('+')}")
     return override
 
 
@@ -285,3 +269,7 @@ def flatten(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
 def to_dict(config: JobConfig) -> dict[str, Any]:
     """The plain nested form: dicts, lists, numbers, texts; JSON-able."""
     return dataclasses.asdict(config)
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))

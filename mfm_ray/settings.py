@@ -89,9 +89,7 @@ def from_dict(cls: type[Settings], values: Mapping[str, Any], *, prefix: str = "
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = f"{prefix}{field.name}"
         if field.name not in values:
-            raise InputError(
-                f"{key}: missing; expected {expected(hints[field.name], field.metadata['allowed'])}"
-            )
+            raise InputError(f"{key}: missing; expected {expected(hints[field.name], field.metadata['allowed'])}")
         built[field.name] = _convert(values[field.name], hints[field.name], field.metadata["allowed"], key)
     return cls(**built)
 
@@ -153,7 +151,7 @@ def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
             return converted
     close = nearest(str(value), map(str, allowed.choices)) if allowed.choices else None
     hint_text = f"; did you mean {close}?" if close else ""
-    raise InputError(f"{key}={_shown(value)}: expected {expected(hint, allowed)}{hint_text}")
+    raise InputError(f"{key}={shown(value)}: expected {expected(hint, allowed)}{hint_text}")
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -176,7 +174,8 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     return False, value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
     words = {None: "null", True: "true", False: "false"}
     is_word = value is None or isinstance(value, bool)
     return words[value] if is_word else str(value).replace("\n", "\\n")
