@@ -92,6 +92,13 @@ def why_not_current(root: Path, venv: Path, facts: dict | None) -> str | None:
     return None
 
 
+def is_ready(root: Path, venv: Path, exactly: tuple[int, int] | None) -> bool:
+    facts = probe(venv)
+    if facts is None or why_not_current(root, venv, facts) is not None:
+        return False
+    return exactly is None or exactly == tuple(facts["version"][:2])
+
+
 def why_rebuild(venv: Path, facts: dict | None, exactly: tuple[int, int] | None) -> str | None:
     """None when pip can work in the environment, else why it has to be made anew."""
     if facts is None:
@@ -219,9 +226,8 @@ def make_venv(venv: Path) -> None:
 
 
 def install(venv: Path, log: Path) -> None:
-    python = venv / "bin/python"
-    pip = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-    run_logged([*pip, "-c", "constraints.txt", "-e", ".[dev]"], log, "installing packages")
+    pip = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    run_logged([venv / "bin/python", *pip, "-c", "constraints.txt", "-e", ".[dev]"], log, "installing packages")
 
 
 def build_op(venv: Path, log: Path) -> None:
@@ -289,8 +295,7 @@ def main() -> int:
     exactly = sys.version_info[:2] if parser.parse_args().exactly else None
     venv = ROOT / ".venv"
     try:
-        facts = probe(venv)
-        if why_not_current(ROOT, venv, facts) is None and (exactly is None or exactly == tuple(facts["version"][:2])):
+        if is_ready(ROOT, venv, exactly):
             return 0  # read without the lock: the stamp is removed before anything is changed and written after
         with_lock(ROOT / ".venv.lock", lambda: refresh(ROOT, venv, exactly))
     except SetupError as error:
