@@ -7,9 +7,9 @@ adds terms, weights them per sample and reduces nothing: the mean over the batch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, squared_error: Tensor, *, variance: Tensor) -> Tensor:
-        """`variance` (B,) is the total variance of the target given what the network sees, if the data were Gaussian."""
+        """`variance` (B,): total variance of the target given what the network sees, if the data were Gaussian."""
 
 
 class VarianceWeighting(Weighting):
@@ -243,14 +243,33 @@ def target_variance(flow_map: FlowMap, s: Tensor, t: Tensor) -> Tensor:
 
 
 def semigroup(
-    *,
-    times: ConditioningTimes | None = None,
-    label_dropout: float = 0.1,
-    consistency: Weighting | None = None,
+    *, label_dropout: float = 0.5, time_power: float = 1.0, time_zero_rate: float = 0.1, max_time: float = 0.999
 ) -> Objective:
-    """Diagonal matching from data plus the semigroup condition: trains a meta flow map with no teacher."""
-    terms = [(DiagonalTerm(), VarianceWeighting()), (SemigroupTerm(), consistency or VarianceWeighting())]
+    """Diagonal matching from data plus the semigroup condition: trains a meta flow map with no teacher.
+
+    label_dropout as in `Objective`; time_power, time_zero_rate and max_time as in `ConditioningTimes`.
+    """
+    terms = [(DiagonalTerm(), VarianceWeighting()), (SemigroupTerm(), VarianceWeighting())]
+    times = ConditioningTimes(power=time_power, zero_rate=time_zero_rate, max_time=max_time)
     return Objective(terms, times=times, label_dropout=label_dropout)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"semigroup": semigroup}
+
+
+def build_objective(objective: Mapping[str, Any]) -> Objective:
+    """The objective that a mapping {"name": ..., **arguments} describes.
+
+    Raises ValueError for an unknown name and for arguments that its constructor refuses, naming both.
+    """
+    arguments = dict(objective)
+    name = arguments.pop("name", None)
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name!r}: expected one of {', '.join(sorted(OBJECTIVES))}")
+    try:
+        return OBJECTIVES[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"objective={dict(objective)}: {error}") from error
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
