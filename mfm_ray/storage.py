@@ -101,7 +101,7 @@ class Storage:
         return sorted(info.base_name for info in found if _TEMPORARY not in info.base_name)
 
     def read_bytes(self, rel: str) -> bytes:
-        with self._named("read", rel), self.filesystem.open_input_stream(self._path(rel)) as stream:
+        with self._named("read", rel), self.filesystem.open_input_stream(self._path(rel), compression=None) as stream:
             return stream.read()
 
     def read_json(self, rel: str) -> Any:
@@ -118,7 +118,7 @@ class Storage:
         with self._named("write", rel):
             self.filesystem.create_dir(_parent(target), recursive=True)
             try:
-                with self.filesystem.open_output_stream(staging) as stream:
+                with self.filesystem.open_output_stream(staging, compression=None) as stream:
                     stream.write(data)
                 self.filesystem.move(staging, target)
             except BaseException:
@@ -161,6 +161,7 @@ class Storage:
         """Copies a folder to a local one, which is created when missing; returns its path."""
         if not self.is_dir(rel):
             raise FileNotFoundError(f"{self.uri_of(rel)} is not a folder")
+        os.makedirs(local_dir, exist_ok=True)
         with self._named("read", rel):
             fs.copy_files(
                 self._path(rel),
@@ -234,9 +235,7 @@ class Storage:
     def _copy_in(self, local_dir: str | Path, target: str) -> None:
         self.filesystem.create_dir(target, recursive=True)
         # use_threads=False: pyarrow's copier then raises the first error instead of leaving threads behind
-        fs.copy_files(
-            os.path.abspath(local_dir), target, fs.LocalFileSystem(), self.filesystem, use_threads=False
-        )
+        fs.copy_files(os.path.abspath(local_dir), target, fs.LocalFileSystem(), self.filesystem, use_threads=False)
 
     def _swap_in(self, staging: str, rel: str) -> None:
         """Renames a complete folder into place; the old one is only deleted after the new one stands."""

@@ -62,6 +62,14 @@ def test_files_round_trip(storage):
     assert not storage.is_file("a")
 
 
+@pytest.mark.parametrize("name", ["a.gz", "a.bz2", "a.zst"])
+def test_bytes_are_never_compressed_or_unpacked_by_their_name(storage, name, tmp_path):
+    storage.write_bytes(name, b"plain")
+    assert storage.read_bytes(name) == b"plain"
+    storage.upload_dir(storage.download_dir("", tmp_path / "back"), "copy")
+    assert storage.read_bytes(f"copy/{name}") == b"plain"
+
+
 def test_delete_takes_files_and_folders_and_is_content_with_nothing(storage):
     storage.write_bytes("a/b.bin", b"1")
     storage.write_bytes("c.bin", b"1")

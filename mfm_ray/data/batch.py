@@ -1,0 +1,51 @@
+"""What an objective receives: one worker's part of a global batch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfm_ray.data.datasets import Split
+from mfm_ray.data.order import SampleOrder
+from mfm_ray.data_space import DataSpace
+
+
+@dataclass(frozen=True)
+class Batch:
+    """data: (B, *event) float32 in model space. label: (B,) int64, None for data without labels.
+
+    rows: (B,) int64, positions within the global batch (not in the data set): they key the noise, so that losses
+    do not depend on how the batch was split over workers and micro-batches.
+    """
+
+    data: Tensor
+    label: Tensor | None
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        label = None if self.label is None else self.label.to(device)
+        return Batch(self.data.to(device), label, self.rows.to(device))
+
+    def split(self, size: int) -> Iterator["Batch"]:
+        """Micro-batches of at most `size` rows, in order."""
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            label = None if self.label is None else self.label[part]
+            yield Batch(self.data[part], label, self.rows[part])
+
+
+def read_batch(
+    split: Split, space: DataSpace, order: SampleOrder, step: int, *, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """A worker's part of global batch `step`; the labels are None when no row of the split has one."""
+    index = order.rows(step, rank, world_size)
+    positions = order.positions(rank, world_size)
+    return Batch(
+        data=space.to_model_space(split.data[index]),
+        label=split.labels[index] if bool((split.labels >= 0).any()) else None,
+        rows=torch.arange(positions.start, positions.stop),
+    )

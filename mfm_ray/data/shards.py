@@ -1,0 +1,296 @@
+"""Prepared data on disk: Parquet shards with fixed-shape tensors, and a manifest that vouches for every byte.
+
+A folder of prepared data holds `<split>-00000-of-00002.parquet` files (column `data`: float32 tensors in data units;
+column `label`: int64, -1 for none), `moments.safetensors` (of the train split, model space) and `manifest.json`:
+
+    {"schema_version": 1, "name", "kind", "event_shape", "range", "num_classes", "class_names",
+     "splits": {"train": {"rows", "files": [{"name", "rows", "sha256"}]}, "heldout": ...},
+     "moments": {"name", "sha256"}}
+
+Any Parquet reader understands the shards. Whatever is damaged is refused with one line that names the file.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mfm_ray.data.datasets import Dataset, Split
+from mfm_ray.data.moments import Moments, data_moments
+from mfm_ray.data_space import DataSpace
+from mfm_ray.errors import InputError
+from mfm_ray.storage import Storage
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MOMENTS = "moments.safetensors"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.parquet")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    name: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of prepared data says about itself; `files` by split, in row order."""
+
+    name: str
+    space: DataSpace
+    class_names: tuple[str, ...]
+    files: Mapping[str, tuple[ShardFile, ...]]
+    moments_sha256: str
+    sha256: str
+    """Hash of manifest.json, and so of everything it vouches for: two data sets are the same when it is."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def rows(self, split: str) -> int:
+        """Number of rows of a split; InputError naming the splits there are."""
+        if split not in self.files:
+            raise InputError(f"split={split}: {self.name} has {', '.join(self.files)}")
+        return sum(file.rows for file in self.files[split])
+
+    def description(self) -> dict[str, Any]:
+        """The `data` entry of a model's config.json."""
+        names = list(self.class_names)
+        return {"name": self.name, **self.space.config(), "num_classes": self.num_classes, "class_names": names}
+
+
+def write_shards(target: str | Path | Storage, dataset: Dataset, *, rows_per_file: int = 8_192) -> Manifest:
+    """Writes a data set in place of an older one at `target`; until it is complete the older one stays.
+
+    InputError, before anything is written, for NaN, infinities, values out of the data's range and wrong labels
+    (naming split and row), and for a target that holds something other than prepared data.
+    """
+    storage = Storage(target)
+    for name, split in dataset.splits.items():
+        _check_values(split, dataset.space, dataset.num_classes, where=f"{dataset.name} {name}")
+        if len(split) == 0:
+            raise InputError(f"{dataset.name} {name} has no rows")
+    if storage.exists() and not storage.exists(MANIFEST) and (not storage.is_dir() or storage.listdir()):
+        raise InputError(f"output={storage} holds something other than prepared data, it is left as it is")
+    train = dataset.splits["train"].data.flatten(1)
+    moments = data_moments(dataset.space.to_model_space(train.double()))
+    with storage.replace_dir(marker=MANIFEST) as folder:
+        local = Storage(folder)
+        splits = {
+            name: _write_split(local, name, split, dataset.space, rows_per_file)
+            for name, split in dataset.splits.items()
+        }
+        local.write_json(MANIFEST, _manifest(dataset, splits, _write_moments(local, moments)))
+    return read_manifest(storage)
+
+
+def read_manifest(source: str | Path | Storage) -> Manifest:
+    """The manifest, checked for itself and against the names of the files that lie beside it."""
+    storage = Storage(source)
+    if not storage.exists():
+        raise InputError(f"data.path={storage} does not exist, expected a folder written by jobs.prepare_data")
+    if not storage.is_file(MANIFEST):
+        raise InputError(f"{storage.uri_of(MANIFEST)} is missing: not a folder written by jobs.prepare_data")
+    raw, content = storage.read_json(MANIFEST), storage.read_bytes(MANIFEST)
+    where = storage.uri_of(MANIFEST)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{where} has schema_version {version}, expected {SCHEMA_VERSION}: prepare the data again")
+    try:
+        manifest = _parse_manifest(raw, hashlib.sha256(content).hexdigest())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{where} is not a valid manifest: {reason}") from error
+    _check_file_names(storage, manifest)
+    return manifest
+
+
+def load_split(source: str | Path | Storage, split: str) -> Split:
+    """All rows of a split in shard order, every file checked against its hash, schema and values."""
+    storage = Storage(source)
+    manifest = read_manifest(storage)
+    manifest.rows(split)
+    parts = [_read_shard(storage, file, manifest) for file in manifest.files[split]]
+    return Split(torch.cat([part.data for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def load_moments(source: str | Path | Storage) -> Moments:
+    """Moments of the train split in model space."""
+    storage = Storage(source)
+    manifest = read_manifest(storage)
+    content = _read_hashed(storage, MOMENTS, manifest.moments_sha256)
+    try:
+        tensors = safetensors.torch.load(content)
+        moments = Moments(tensors["mean"], tensors["eigenvalues"], tensors["eigenvectors"])
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise InputError(f"{storage.uri_of(MOMENTS)} is damaged: {error}") from error
+    size = int(np.prod(manifest.space.event_shape))
+    if moments.mean.shape != (size,) or moments.eigenvectors.shape != (size, size):
+        raise InputError(f"{storage.uri_of(MOMENTS)} is not of data with event_shape={manifest.space.event_shape}")
+    return moments
+
+
+def verify_shards(source: str | Path | Storage) -> Manifest:
+    """Reads and checks everything; the manifest when all is well, else an InputError naming the first bad file."""
+    manifest = read_manifest(source)
+    for split in manifest.files:
+        load_split(source, split)
+    load_moments(source)
+    return manifest
+
+
+def _write_split(
+    storage: Storage, name: str, split: Split, space: DataSpace, rows_per_file: int
+) -> list[dict[str, Any]]:
+    count = -(-len(split) // rows_per_file)
+    files = []
+    for index in range(count):
+        rows = slice(index * rows_per_file, (index + 1) * rows_per_file)
+        file_name = f"{name}-{index:05d}-of-{count:05d}.parquet"
+        sink = pa.BufferOutputStream()
+        table = _table(split.data[rows], split.labels[rows], space)
+        pq.write_table(table, sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+        storage.write_bytes(file_name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        files.append({"name": file_name, "rows": table.num_rows, "sha256": digest})
+    return files
+
+
+def _schema(space: DataSpace) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("data", pa.fixed_shape_tensor(pa.float32(), space.event_shape), nullable=False),
+            pa.field("label", pa.int64(), nullable=False),
+        ]
+    )
+
+
+def _table(data: Tensor, labels: Tensor, space: DataSpace) -> pa.Table:
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(data.numpy(), dtype=np.float32))
+    return pa.Table.from_arrays([tensors, pa.array(labels.numpy(), pa.int64())], schema=_schema(space))
+
+
+def _write_moments(storage: Storage, moments: Moments) -> str:
+    tensors = {"mean": moments.mean, "eigenvalues": moments.eigenvalues, "eigenvectors": moments.eigenvectors}
+    content = safetensors.torch.save(tensors)
+    storage.write_bytes(MOMENTS, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _manifest(dataset: Dataset, splits: Mapping[str, list[dict[str, Any]]], moments_sha256: str) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": dataset.name,
+        **dataset.space.config(),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
+        "splits": {
+            name: {"rows": sum(file["rows"] for file in files), "files": files} for name, files in splits.items()
+        },
+        "moments": {"name": MOMENTS, "sha256": moments_sha256},
+    }
+
+
+def _parse_manifest(raw: Mapping[str, Any], digest: str) -> Manifest:
+    files = {
+        split: tuple(
+            ShardFile(name=str(file["name"]), rows=int(file["rows"]), sha256=str(file["sha256"]))
+            for file in entry["files"]
+        )
+        for split, entry in raw["splits"].items()
+    }
+    for split, shards in files.items():
+        for file in shards:
+            if not _SHARD_NAME.fullmatch(file.name) or not _SHA256.fullmatch(file.sha256) or file.rows < 1:
+                raise ValueError(f"{file.name!r} of {split} has a wrong name, hash or number of rows")
+        total = raw["splits"][split]["rows"]
+        if sum(file.rows for file in shards) != total or total < 1:
+            raise ValueError(f"{split} says {total} rows, its files {sum(file.rows for file in shards)}")
+    if "train" not in files:
+        raise ValueError("no train split")
+    class_names = tuple(str(name) for name in raw["class_names"])
+    if raw["num_classes"] != len(class_names):
+        raise ValueError(f"num_classes={raw['num_classes']} but {len(class_names)} class_names")
+    return Manifest(
+        name=str(raw["name"]),
+        space=DataSpace.from_config(raw),
+        class_names=class_names,
+        files=files,
+        moments_sha256=str(raw["moments"]["sha256"]),
+        sha256=digest,
+    )
+
+
+def _check_file_names(storage: Storage, manifest: Manifest) -> None:
+    """Every shard is there, and no shard is there that the manifest does not know (other readers would take it)."""
+    known = {file.name for shards in manifest.files.values() for file in shards}
+    present = set(storage.listdir())
+    for name in sorted({*known, MOMENTS} - present):
+        raise InputError(f"{storage.uri_of(name)} is missing, {MANIFEST} names it")
+    for name in sorted(name for name in present - known if name.endswith(".parquet")):
+        raise InputError(f"{storage.uri_of(name)} is a foreign file, {MANIFEST} does not name it")
+
+
+def _read_hashed(storage: Storage, name: str, sha256: str) -> bytes:
+    content = storage.read_bytes(name)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(f"{storage.uri_of(name)} was altered: its SHA-256 is not the one in {MANIFEST}")
+    return content
+
+
+def _read_shard(storage: Storage, file: ShardFile, manifest: Manifest) -> Split:
+    where = storage.uri_of(file.name)
+    content = _read_hashed(storage, file.name, file.sha256)
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    expected = _schema(manifest.space)
+    if table.schema.names != expected.names or table.schema.types != expected.types:
+        raise InputError(f"{where} has columns {_columns(table.schema)}, expected {_columns(expected)}")
+    if table.num_rows != file.rows or any(column.null_count for column in table.columns):
+        raise InputError(f"{where} has {table.num_rows} rows (or empty cells), {MANIFEST} says {file.rows}")
+    data = table["data"].combine_chunks().to_numpy_ndarray()
+    split = Split(torch.tensor(data), torch.tensor(table["label"].to_numpy()))
+    _check_values(split, manifest.space, manifest.num_classes, where=where)
+    return split
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _check_values(split: Split, space: DataSpace, num_classes: int, *, where: str) -> None:
+    data, labels = split.data, split.labels
+    if data.shape[1:] != space.event_shape or labels.shape != data.shape[:1]:
+        shapes = f"{list(data.shape)} with labels {list(labels.shape)}"
+        raise InputError(f"{where}: data of shape {shapes}, expected (rows, {space.event_shape}) and (rows,)")
+    flat = data.flatten(1)
+    if (row := _first(~flat.isfinite().all(dim=1))) is not None:
+        raise InputError(f"{where} row {row}: NaN or infinity in the data")
+    if space.data_range is not None:
+        low, high = space.data_range
+        if (row := _first(((flat < low) | (flat > high)).any(dim=1))) is not None:
+            raise InputError(f"{where} row {row}: pixel outside [{low:g}, {high:g}]")
+    if (row := _first((labels < -1) | (labels >= num_classes))) is not None:
+        raise InputError(f"{where} row {row}: label {int(labels[row])}, expected -1 to {num_classes - 1}")
+
+
+def _first(wrong: Tensor) -> int | None:
+    """Index of the first True, None when there is none."""
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
