@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from jobs.command_line import answer_flags
 from jobs.provenance import git_commit, versions
 from jobs.run_folder import ERROR_LOG, RESULT, RunFolder
-from jobs.stopping import Stopped, StopSignals
+from jobs.stopping import GRACE_S, Stopped, StopSignals
 from mfm_ray.config import JobConfig, load_config, to_dict
 from mfm_ray.errors import InputError, StorageError
 from mfm_ray.storage import Storage
@@ -78,7 +78,10 @@ def run_job(
     """
     job = _Job(name, list(sys.argv[1:] if argv is None else argv), keeps_old_run=keeps_old_run)
     with StopSignals(on_stop=job.record_stop, on_deadline=job.report_stop) as signals:
-        code = job.run(body, check, signals)
+        try:
+            code = job.run(body, check, signals)
+        except Stopped:  # in the instant between the error of a body and its record
+            code = job.report_stop()
     sys.exit(code)
 
 
@@ -96,6 +99,7 @@ class _Job:
         self.may_write = False  # the folder is this run's
         self.holds_good = False  # and in it stands the result of an earlier run that went well
         self.status: str | None = None
+        self.error: str | None = None
         self.written = False
         self.lock = threading.RLock()
 
@@ -106,8 +110,10 @@ class _Job:
                 print(answer, flush=True)
                 return 0
             outcome = body(self._prepare(check))
+            signals.shield()
             self._settle("ok", outcome=outcome)
         except BaseException as error:
+            signals.shield()
             self._settle_error(error, stopped=signals.received or isinstance(error, Stopped))
         return self._report()
 
@@ -115,9 +121,9 @@ class _Job:
         """Writes the result of a stopped run at once, should the process be killed before it ends by itself."""
         self._settle("stopped", error="stopped by a signal before it was done")
 
-    def report_stop(self) -> None:
+    def report_stop(self) -> int:
         self.record_stop()
-        self._report()
+        return self._report()
 
     def _prepare(self, check: Callable[[Any], None] | None) -> JobRun:
         """Everything that can be wrong before the work: configuration, folder, the job's own checks, storage."""
@@ -161,20 +167,26 @@ class _Job:
         self, status: str, *, outcome: Outcome | None = None, error: str | None = None, trace: str | None = None
     ) -> None:
         """Decides how the run ended, once, and writes result.json where it may."""
-        with self.lock:
+        if not self.lock.acquire(timeout=GRACE_S / 2):
+            return  # a storage that hangs holds up the thread that decided; the deadline must not wait for it
+        try:
             if self.status is not None:
                 return
             self.status, self.error = status, error
             if self.folder is None or not self.may_write or (status == "invalid" and self.holds_good):
                 return
-            try:
-                if trace is not None:
-                    self.folder.storage.write_bytes(ERROR_LOG, trace.encode())
-                self.folder.storage.write_json(RESULT, self._result(outcome or Outcome()))
-                self.written = True
-            except StorageError as refusal:
-                if status == "ok":
-                    self.status, self.error = "failed", _one_line(refusal)
+            self._write(self.folder.storage, outcome or Outcome(), trace)
+            self.written = True
+        except (StorageError, TypeError, ValueError) as refusal:
+            if status == "ok":
+                self.status, self.error = "failed", _one_line(refusal)
+        finally:
+            self.lock.release()
+
+    def _write(self, storage: Storage, outcome: Outcome, trace: str | None) -> None:
+        if trace is not None:
+            storage.write_bytes(ERROR_LOG, trace.encode())
+        storage.write_json(RESULT, self._result(outcome))
 
     def _result(self, outcome: Outcome) -> dict[str, Any]:
         assert self.folder is not None
@@ -195,12 +207,11 @@ class _Job:
 
     def _report(self) -> int:
         """The line on stderr, the last line on stdout, and the exit code."""
-        assert self.status is not None
         if self.error is not None:
             print(f"jobs.{self.name}: {self.error}", file=sys.stderr, flush=True)
         if self.written and self.folder is not None:
             print(f"RESULT {self.folder.storage.uri_of(RESULT)}", flush=True)
-        return EXIT_CODES[self.status]
+        return EXIT_CODES[self.status or "failed"]
 
 
 def _log(line: str) -> None:

@@ -23,7 +23,7 @@ class StopSignals:
     `on_stop` immediately and, when the block has not been left after `GRACE_S`, `on_deadline`, then ends the process.
     """
 
-    def __init__(self, *, on_stop: Callable[[], None], on_deadline: Callable[[], None]) -> None:
+    def __init__(self, *, on_stop: Callable[[], None], on_deadline: Callable[[], object]) -> None:
         self.received = False
         self._raised = False
         self._on_stop = on_stop
@@ -46,6 +46,10 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.close(self._write_end)
+
+    def shield(self) -> None:
+        """From here on no signal raises: the result is being written. The deadline holds all the same."""
+        self._raised = True
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if not self._raised:
