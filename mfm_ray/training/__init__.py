@@ -1,1 +1,1 @@
-"""Training on Ray Train with DeepSpeed. The modules here are imported by name, so that importing one of them stays light."""
+"""Training on a cluster: Ray Train runs the workers, DeepSpeed shards them, and nothing below knows of either."""

@@ -1,0 +1,236 @@
+"""Checkpoints on disk: what each rank writes, the manifest that vouches for it, and reading only what it vouches for.
+
+    deepspeed/...               the engine's own shards (pickles: read only after their hashes matched)
+    ema-rank-<N>.safetensors    this rank's part of the moving average
+    ema_model.safetensors       the averaged model whole, written tensor by tensor by rank 0; what `jobs.export` reads
+    manifest-rank-<N>.json      step, layout and configuration, and size and SHA-256 of every file that rank wrote
+
+Ray Train merges the ranks' folders into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mfm_ray.errors import InputError
+from mfm_ray.storage import Storage
+
+FORMAT = "mfm-ray-checkpoint"
+FORMAT_VERSION = 1
+MODEL_FILE = "ema_model.safetensors"
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be used; one line naming the file or the field."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Where a run stood: optimiser steps done, seconds of training so far, and how it was laid out.
+
+    `config` is the training configuration, `model` the config.json of the model it trains (what export needs),
+    `figures` the last line of the metrics.
+    """
+
+    step: int
+    seconds: float
+    world_size: int
+    stage: int
+    config: dict[str, Any]
+    model: dict[str, Any]
+    figures: dict[str, float]
+
+
+def manifest_name(rank: int) -> str:
+    return f"manifest-rank-{rank}.json"
+
+
+def ema_name(rank: int) -> str:
+    return f"ema-rank-{rank}.safetensors"
+
+
+def write_manifest(directory: Path, *, rank: int, state: CheckpointState) -> None:
+    """Vouch for everything that this rank has put below `directory`; the last file to be written there."""
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "rank": rank, **asdict(state), "files": files}
+    (directory / manifest_name(rank)).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+
+def read_state(checkpoint: Storage) -> CheckpointState:
+    """What the manifests say, after a check that all of them and all their files are there with the right size.
+
+    Hashes are checked by whoever reads the files. Raises CheckpointError naming what is missing or wrong.
+    """
+    manifest = _read_manifest(checkpoint, 0)
+    for rank in range(manifest["world_size"]):
+        other = _read_manifest(checkpoint, rank)
+        for field in ("step", "world_size", "stage"):
+            if other[field] != manifest[field]:
+                raise CheckpointError(
+                    f"{checkpoint.uri_of(manifest_name(rank))}: {field}={other[field]}, but rank 0 wrote "
+                    f"{manifest[field]}: files of different checkpoints are mixed"
+                )
+        for name, entry in other["files"].items():
+            _check_size(checkpoint, name, entry["size"])
+    names = CheckpointState.__dataclass_fields__
+    return CheckpointState(**{name: manifest[name] for name in names})
+
+
+def check_compatible(
+    checkpoint: Storage, state: CheckpointState, *, world_size: int, stage: int, model: Mapping[str, Any]
+) -> None:
+    """Raises CheckpointError unless a run of this layout and network can go on from `state`."""
+    if state.world_size != world_size:
+        raise CheckpointError(
+            f"{checkpoint.uri}: written by scaling.num_workers={state.world_size}, cannot be resumed with "
+            f"{world_size}; resume with scaling.num_workers={state.world_size}"
+        )
+    if state.stage != stage:
+        raise CheckpointError(
+            f"{checkpoint.uri}: written with zero.stage={state.stage}, cannot be resumed with {stage}; "
+            f"resume with zero.stage={state.stage}"
+        )
+    for group in ("network", "interpolant", "data", "cfg_scales"):
+        difference = _first_difference(state.model.get(group), model.get(group), group)
+        if difference is not None:
+            key, theirs, ours = difference
+            raise CheckpointError(
+                f"{checkpoint.uri}: checkpoint of another model, {key} is {json.dumps(theirs)} there, "
+                f"{json.dumps(ours)} here"
+            )
+
+
+def verify_rank(directory: Path, rank: int) -> None:
+    """Check size and SHA-256 of every file that `rank` wrote. CheckpointError naming the first that differs."""
+    checkpoint = Storage(directory)
+    manifest = _read_manifest(checkpoint, rank)
+    for name, entry in manifest["files"].items():
+        _check_size(checkpoint, name, entry["size"])
+        if _sha256(directory / name) != entry["sha256"]:
+            raise CheckpointError(f"{checkpoint.uri_of(name)}: content differs from {manifest_name(rank)} (damaged)")
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """The averaged weights of a checkpoint, the config.json they belong to, and where training stood."""
+
+    state_dict: dict[str, Tensor]
+    state: CheckpointState
+
+
+def read_checkpoint_model(location: Storage | str | Path) -> CheckpointModel:
+    """The averaged model of any checkpoint, of any stage and number of workers; nothing is unpickled.
+
+    Raises CheckpointError when the folder is no checkpoint, or the model file is missing or was changed.
+    """
+    checkpoint = Storage(location)
+    manifest = _read_manifest(checkpoint, 0)
+    state = CheckpointState(**{name: manifest[name] for name in CheckpointState.__dataclass_fields__})
+    entry = manifest["files"].get(MODEL_FILE)
+    if entry is None:
+        raise CheckpointError(f"{checkpoint.uri_of(manifest_name(0))}: lists no {MODEL_FILE}")
+    _check_size(checkpoint, MODEL_FILE, entry["size"])
+    data = checkpoint.read_bytes(MODEL_FILE)
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"{checkpoint.uri_of(MODEL_FILE)}: content differs from {manifest_name(0)} (damaged)")
+    return CheckpointModel(state_dict=safetensors.torch.load(data), state=state)
+
+
+def write_tensors(path: Path | None, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file one tensor at a time, so that a model never has to be whole in memory.
+
+    With path None the tensors are only consumed: the other ranks take part in gathering them.
+    """
+    if path is None:
+        for _ in tensors:
+            pass
+        return
+    header: dict[str, Any] = {}
+    offset = 0
+    body = path.with_suffix(".body")
+    with body.open("wb") as file:
+        for name, tensor in tensors:
+            size = file.write(_bytes_of(tensor))
+            offsets = [offset, offset + size]
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+            offset += size
+    # the header comes first in the file, but is known only when all tensors have passed
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file, body.open("rb") as content:
+        file.write(struct.pack("<Q", len(text)) + text)
+        shutil.copyfileobj(content, file, 1 << 22)
+    body.unlink()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _read_manifest(checkpoint: Storage, rank: int) -> dict[str, Any]:
+    name = manifest_name(rank)
+    if not checkpoint.is_file(name):
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: missing; expected a training checkpoint of this project")
+    manifest = checkpoint.read_json(name)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: not a manifest of this project")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint.uri_of(name)}: format_version={manifest.get('format_version')}, expected {FORMAT_VERSION}"
+        )
+    missing = [key for key in ("files", *CheckpointState.__dataclass_fields__) if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: has no {missing[0]!r}")
+    return manifest
+
+
+def _check_size(checkpoint: Storage, name: str, size: int) -> None:
+    info = checkpoint.filesystem.get_file_info(f"{checkpoint.path}/{name}")
+    if not info.is_file:
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: missing from the checkpoint")
+    if info.size != size:
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: {info.size} bytes, the manifest says {size} (truncated?)")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _first_difference(theirs: Any, ours: Any, key: str) -> tuple[str, Any, Any] | None:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            found = _first_difference(theirs.get(name), ours.get(name), f"{key}.{name}")
+            if found is not None:
+                return found
+        return None
+    return None if theirs == ours else (key, theirs, ours)

@@ -1,0 +1,278 @@
+"""The driver's side of a training run: checks before resources are taken, Ray Train, and the model at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mfm_ray.config import TrainConfig
+from mfm_ray.data import datasets
+from mfm_ray.data.shards import Manifest, read_manifest, write_shards
+from mfm_ray.errors import InputError
+from mfm_ray.networks import build_network
+from mfm_ray.objectives import build_objective
+from mfm_ray.settings import from_dict
+from mfm_ray.storage import Storage
+from mfm_ray.training import checkpoint, zero
+from mfm_ray.training.comm_op import check_comm_op
+from mfm_ray.training.loop import Plan, train_worker
+from mfm_ray.training.metrics_log import METRICS_FILE
+from mfm_ray.training.progress import ProgressDisplay
+
+CHECKPOINTS = "checkpoints"
+_BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_RAY_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # a group that loses a node should not wait a minute for resources that are gone
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+# what the survivors of a lost worker say; never the cause
+_COLLATERAL = re.compile(r"Connection (reset|closed|refused)|Broken pipe|gloo|NCCL|aborted|SYSTEM_ERROR", re.IGNORECASE)
+
+Log = Callable[[str], None]
+
+
+class TrainingError(RuntimeError):
+    """A run that ended before its time; one line with the cause. Its checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """metrics: the last figures; artifacts: absolute paths or URIs of model, checkpoints, metrics and samples."""
+
+    metrics: dict[str, float]
+    artifacts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest registered checkpoint of a run and what it says of itself."""
+
+    storage: Storage
+    state: checkpoint.CheckpointState
+
+
+def check_config(config: TrainConfig) -> None:
+    """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
+    workers = num_workers(config)
+    split = zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
+    zero.zero_config(
+        stage=config.zero.stage,
+        offload=config.zero.offload,
+        split=split,
+        gradient_clipping=config.gradient_clipping,
+        cuda=False,
+    )
+    build_objective(config.objective)
+    if config.data.path is None and config.data.name not in _BUNDLED:
+        raise InputError(
+            f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
+            "prepare it with jobs.prepare_data and give its folder"
+        )
+
+
+def num_workers(config: TrainConfig) -> int:
+    if not isinstance(config.scaling.num_workers, int):
+        raise InputError(
+            f"scaling.num_workers={config.scaling.num_workers}: elastic training is not available yet, "
+            "expected one number"
+        )
+    return config.scaling.num_workers
+
+
+def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log: Log) -> TrainingResult:
+    """Train the model that `config` (the plain form of TrainConfig) describes below `storage`, the run's folder.
+
+    Ray must be running. InputError for what the user can mend, TrainingError when training failed.
+    """
+    typed = from_dict(TrainConfig, config)
+    check_config(typed)
+    data = prepare_data(typed, storage, log)
+    model = model_config(typed, read_manifest(data))
+    found = newest_checkpoint(storage)
+    if found is not None and not resume:
+        raise InputError(f"{storage.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
+    if found is not None:
+        checkpoint.check_compatible(
+            found.storage, found.state, world_size=num_workers(typed), stage=typed.zero.stage, model=model
+        )
+        log(f"going on from step {found.state.step}")
+    elif resume:
+        log("nothing to resume, starting from the beginning")
+    if found is None or not is_complete(typed, found.state):
+        fit(Plan(config=dict(config), data=data, run=storage, model=model, cuda=uses_gpu(typed)), typed, log)
+        found = newest_checkpoint(storage)
+    assert found is not None, "a finished run has a checkpoint"
+    return finish(typed, storage, data, found, log)
+
+
+def prepare_data(config: TrainConfig, storage: Storage, log: Log) -> Storage:
+    """Where the shards are; bundled data is written into the run's folder the first time."""
+    if config.data.path is not None:
+        read_manifest(config.data.path)
+        return Storage(config.data.path)
+    target = storage.child("data")
+    if not target.exists():
+        log(f"preparing {config.data.name}")
+        write_shards(target, _BUNDLED[config.data.name]())
+    return target
+
+
+def model_config(config: TrainConfig, data: Manifest) -> dict[str, Any]:
+    """The config.json of the model; the network is built once on no device, so that a mistake shows here."""
+    with torch.device("meta"):
+        flow_map = build_network(config.network, space=data.space, num_classes=data.num_classes)
+    return {
+        "network": flow_map.config(),
+        "interpolant": "linear",
+        "data": data.description(),
+        "cfg_scales": list(flow_map.cfg_scales),
+    }
+
+
+def newest_checkpoint(storage: Storage) -> Found | None:
+    """The checkpoint from which Ray Train would go on, None when the run has none.
+
+    CheckpointError when it is named but cannot be used.
+    """
+    checkpoints = storage.child(CHECKPOINTS)
+    if not checkpoints.is_file(_RAY_SNAPSHOT):
+        return None
+    newest = checkpoints.read_json(_RAY_SNAPSHOT).get("latest_checkpoint_result")
+    if newest is None:
+        return None
+    folder = checkpoints.child(newest["checkpoint_dir_name"])
+    return Found(folder, checkpoint.read_state(folder))
+
+
+def is_complete(config: TrainConfig, state: checkpoint.CheckpointState) -> bool:
+    out_of_time = config.max_seconds is not None and state.seconds >= config.max_seconds
+    return state.step >= config.max_steps or out_of_time
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each worker."""
+    if config.scaling.use_gpu is not None:
+        return config.scaling.use_gpu
+    return ray.cluster_resources().get("GPU", 0) >= num_workers(config)
+
+
+def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
+    """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
+    if not plan.cuda:
+        check_comm_op()
+    workers, each = num_workers(config), worker_resources(config, plan.cuda)
+    wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
+    with ray_environment(), ProgressDisplay(log) as progress:
+        trainer = TorchTrainer(
+            train_worker,  # type: ignore[arg-type]
+            train_loop_config={"plan": replace(plan, progress=progress.actor)},
+            torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
+            run_config=RunConfig(
+                name=CHECKPOINTS,
+                **_ray_storage(plan.run),
+                failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
+            ),
+        )
+        try:
+            result: Any = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainingError(root_cause(error)) from error
+    problem = result.return_value.get("error")
+    if problem is not None:
+        raise problem if isinstance(problem, InputError) else TrainingError(str(problem))
+
+
+def worker_resources(config: TrainConfig, cuda: bool) -> dict[str, float]:
+    return {**config.scaling.resources_per_worker, **({"GPU": 1.0} if cuda else {})}
+
+
+def wait_for_resources(workers: int, each: Mapping[str, float], timeout_s: float, log: Log) -> None:
+    """Return when `workers` bundles of resources can be had at once; InputError when they cannot within the time.
+
+    Ray itself would wait for ever for a worker that no node will ever hold.
+    """
+    group = ray.util.placement_group([dict(each)] * workers, strategy="PACK")
+    began, said = time.monotonic(), False
+    try:
+        while not group.wait(timeout_seconds=min(2.0, timeout_s)):
+            room, waited = room_for(each), time.monotonic() - began
+            if waited >= timeout_s:
+                raise InputError(
+                    f"scaling.num_workers={workers}: the cluster has room for {room} workers with "
+                    f"resources_per_worker={dict(each)} ({'busy' if room >= workers else 'too small'}), waited "
+                    f"{timeout_s:g} s (scaling.start_timeout_s)"
+                )
+            if not said:
+                log(f"waiting up to {timeout_s:g} s for {workers} workers; the cluster has room for {room}")
+                said = True
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def room_for(each: Mapping[str, float]) -> int:
+    """How many bundles the cluster's nodes hold when nothing else runs."""
+    wanted = {name: amount for name, amount in each.items() if amount > 0}
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in alive)
+
+
+def _ray_storage(run: Storage) -> dict[str, Any]:
+    if run.local_path is not None:
+        return {"storage_path": str(run.local_path)}
+    return {"storage_path": run.path, "storage_filesystem": run.filesystem}
+
+
+@contextmanager
+def ray_environment() -> Iterator[None]:
+    """Ray Train's own settings, which it reads from the driver's environment; what the user set stays."""
+    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def root_cause(error: Exception) -> str:
+    """One line for what went wrong first: the worker's own exception, not what its neighbours said about it."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return _last_line(str(getattr(error, "controller_failure", error)))
+    lines = {rank: _last_line(str(failure)) for rank, failure in sorted(failures.items())}
+    causes = {rank: line for rank, line in lines.items() if not _COLLATERAL.search(line)} or lines
+    rank, line = next(iter(causes.items()))
+    return f"training worker {rank}: {line}"
+
+
+def _last_line(text: str) -> str:
+    """The exception's own line, which a traceback ends with."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown error"
+
+
+def finish(config: TrainConfig, storage: Storage, data: Storage, found: Found, log: Log) -> TrainingResult:
+    """Write the model directory from the newest checkpoint."""
+    artifacts = {
+        "model": storage.uri_of("model"),
+        "checkpoints": storage.uri_of(CHECKPOINTS),
+        "metrics": storage.uri_of(METRICS_FILE),
+    }
+    if storage.is_dir("samples"):
+        artifacts["samples"] = storage.uri_of("samples")
+    return TrainingResult(metrics=found.state.figures, artifacts=artifacts)

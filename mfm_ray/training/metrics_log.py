@@ -1,0 +1,125 @@
+"""The history of a run: sums of per-step numbers on the device, lines of metrics.jsonl, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from mfm_ray.storage import Storage
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TrainingDiverged(ArithmeticError):
+    """A loss or gradient became NaN or infinite; the message names step and term."""
+
+
+class StepWindow:
+    """Numbers of the steps since the last flush, kept on the device so that no step waits for them.
+
+    Each step contributes one vector (terms of the loss, gradient norm). `flush` averages it over ranks, which is
+    the only time that a worker waits, and finds the first step at which something was not finite.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._rows: list[Tensor] = []
+        self._first_step = 0
+
+    def add(self, step: int, row: Tensor) -> None:
+        if not self._rows:
+            self._first_step = step
+        self._rows.append(row)
+
+    def flush(self) -> dict[str, float]:
+        """Means over the window's steps and over ranks, by name. Collective.
+
+        Raises TrainingDiverged, on every rank alike, naming the first step and number that is not finite.
+        """
+        if not self._rows:
+            return {}
+        values = torch.stack(self._rows).double()
+        self._rows = []
+        torch.distributed.all_reduce(values)
+        values = (values / torch.distributed.get_world_size()).cpu()
+        broken = (~torch.isfinite(values)).nonzero()
+        if len(broken):
+            row, column = (int(i) for i in broken[0])
+            raise TrainingDiverged(
+                f"step {self._first_step + row}: {self.names[column]} is {float(values[row, column])}; "
+                "lower optimizer.learning_rate or gradient_clipping, or look at the data; "
+                "the checkpoints written before are good"
+            )
+        return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events of a run, written by one process.
+
+    A run on a local path is written in place, line by line. Elsewhere the files grow in a local folder that `sync`
+    uploads. What an earlier attempt wrote after `resume_step` is removed, so that each step appears once.
+    """
+
+    def __init__(self, run: Storage, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        self._is_local = run.local_path is not None
+        self._folder = run.local_path or Path(tempfile.mkdtemp(prefix="mfm-ray-log-"))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lines = self._open(resume_step)
+        self._events = SummaryWriter(str(self._folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def _open(self, resume_step: int) -> TextIO:
+        path = self._folder / METRICS_FILE
+        if not self._is_local and resume_step and self._run.is_file(METRICS_FILE):
+            path.write_bytes(self._run.read_bytes(METRICS_FILE))
+        kept = history_until(path.read_text() if path.exists() else "", resume_step)
+        staging = path.with_suffix(".part")
+        staging.write_text(kept)
+        staging.replace(path)
+        return path.open("a")
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._lines.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make what was written so far readable in the run's storage."""
+        self._lines.flush()
+        self._events.flush()
+        if not self._is_local:
+            for path in self._folder.iterdir():
+                if not path.name.endswith(".part"):
+                    self._run.write_bytes(path.name, path.read_bytes())
+
+    def close(self) -> None:
+        self._events.close()
+        self._lines.close()
+        if not self._is_local:
+            self._lines = (self._folder / METRICS_FILE).open("a")
+            self.sync()
+            self._lines.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def history_until(text: str, step: int) -> str:
+    """The lines of a metrics.jsonl up to `step`; a last line cut short by a kill is dropped."""
+    kept = []
+    for line in text.splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    return "".join(kept)
