@@ -1,0 +1,20 @@
+"""Rewards: callables from decoded samples in data units (N, *event) to (N,) float32, higher is better."""
+
+from mfm_ray.rewards.analytic import LinearGaussian, MaskedObservation, Symmetry, TargetBrightness, half_mask
+from mfm_ray.rewards.classifier import ClassMixture, ClassProbability
+from mfm_ray.rewards.reward import DifferentiableReward, RewardError, check_rewards
+from mfm_ray.rewards.weighted import WeightedSum
+
+__all__ = [
+    "ClassMixture",
+    "ClassProbability",
+    "DifferentiableReward",
+    "LinearGaussian",
+    "MaskedObservation",
+    "RewardError",
+    "Symmetry",
+    "TargetBrightness",
+    "WeightedSum",
+    "check_rewards",
+    "half_mask",
+]
