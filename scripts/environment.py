@@ -87,9 +87,7 @@ def why_not_current(root: Path, venv: Path, facts: dict | None) -> str | None:
         return f"{', '.join(changed)} changed"
     if facts["missing"]:
         return f"{', '.join(facts['missing'])} missing"
-    if not op_is_built(venv, facts["op"]):
-        return "DeepSpeed's CPU communication op is not built for it"
-    return None
+    return why_op_not_ready(venv, facts["op"])
 
 
 def is_ready(root: Path, venv: Path, exactly: tuple[int, int] | None) -> bool:
@@ -154,15 +152,18 @@ def op_directory(venv: Path) -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or venv / "torch_extensions") / "deepspeed_shm_comm"
 
 
-def op_is_built(venv: Path, versions: dict[str, str]) -> bool:
-    """Whether the op's own stamp names the installed torch and deepspeed, and no killed builder left its lock."""
+def why_op_not_ready(venv: Path, versions: dict[str, str]) -> str | None:
+    """None when the op's own stamp names the installed torch and deepspeed and no builder's lock lies beside it."""
     if has_cuda():
-        return True
+        return None
+    directory = op_directory(venv)
+    if (directory / "lock").exists():
+        return f"DeepSpeed's CPU communication op has a build lock, {directory / 'lock'}"
     try:
-        built = json.loads((op_directory(venv) / "built.json").read_text())
+        built = json.loads((directory / "built.json").read_text())
     except (OSError, ValueError):
-        return False
-    return versions.items() <= built.items() and not (op_directory(venv) / "lock").exists()
+        return "DeepSpeed's CPU communication op is not built"
+    return None if versions.items() <= built.items() else "DeepSpeed's CPU communication op is of another torch"
 
 
 # ---- what is done --------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def check_tools() -> None:
     """The compiler and headers, asked for before minutes of download; on a CUDA machine the op is not needed."""
     if has_cuda():
         return
-    if shutil.which(os.environ.get("CXX") or "c++") is None and shutil.which("g++") is None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++")):
         raise SetupError("g++ is missing, DeepSpeed's CPU communication op needs it; on Debian: apt-get install g++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
@@ -269,11 +270,12 @@ def refresh(root: Path, venv: Path, exactly: tuple[int, int] | None) -> None:
             )
     log = venv / "set-up.log"
     install(venv, log)
-    say("building DeepSpeed's CPU communication op (once, about a minute) unless it is there")
-    build_op(venv, log)
     facts = probe(venv)
     if facts is None or facts["missing"]:
         raise SetupError(f"{venv} is still incomplete after the install, see {log}")
+    if lacking := why_op_not_ready(venv, facts["op"]):
+        say(f"{lacking}: building it, once, about a minute")
+    build_op(venv, log)
     write_stamp(root, venv, facts["version"])
     say(f"done in {time.monotonic() - started:.0f} s")
 

@@ -267,10 +267,12 @@ def test_set_up_sees_an_op_of_another_torch(op, monkeypatch):
     stamp_op(op)
     installed = {name: comm_op._fingerprint()[name] for name in ("torch", "deepspeed")}
     assert environment.op_directory(Path("unused")) == op
-    assert environment.op_is_built(Path("unused"), installed)
-    assert not environment.op_is_built(Path("unused"), {**installed, "torch": "1.0"})
+    assert environment.why_op_not_ready(Path("unused"), installed) is None
+    assert "another torch" in environment.why_op_not_ready(Path("unused"), {**installed, "torch": "1.0"})
     (op / "lock").touch()
-    assert not environment.op_is_built(Path("unused"), installed)
+    assert str(op / "lock") in environment.why_op_not_ready(Path("unused"), installed)
+    shutil.rmtree(op)
+    assert "not built" in environment.why_op_not_ready(Path("unused"), installed)
 
 
 def test_a_worker_takes_the_built_op_with_no_compiler_no_ninja_and_a_lock_in_the_way(op):

@@ -160,12 +160,14 @@ def _clear_lock(lock: Path, timeout_s: float) -> None:
 
 
 def _compile(directory: Path) -> None:
-    if shutil.which(compiler := os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-        raise CommOpError(f"no C++ compiler ({compiler}) to build DeepSpeed's CPU communication op: install g++")
+    wanted = os.environ.get("CXX") or "c++"
+    if (compiler := next((name for name in (wanted, "g++") if shutil.which(name)), None)) is None:
+        raise CommOpError(f"no C++ compiler ({wanted}) to build DeepSpeed's CPU communication op: install g++")
     # built in place, since ninja's files hold absolute paths; without its stamp a half-made one counts as not built
     shutil.rmtree(directory, ignore_errors=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(directory.parent)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CXX"] = compiler
     # an environment that is not activated has its ninja beside its python
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     try:
