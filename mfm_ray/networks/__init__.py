@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 
-NETWORKS: dict[str, type[ResidualMLPFlowMap]] = {"residual_mlp": ResidualMLPFlowMap}
+
+def _residual_mlp(*, moments: Mapping[str, Tensor] | None, **arguments: Any) -> FlowMap:
+    return ResidualMLPFlowMap(**{**arguments, **(moments or {})})
+
+
+def _dit(*, moments: Mapping[str, Tensor] | None, **arguments: Any) -> FlowMap:
+    if moments is not None:
+        arguments.setdefault("data_std", float(moments["variances"].mean().sqrt()))
+    return DiTFlowMap(**arguments)
+
+
+NETWORKS: dict[str, Callable[..., FlowMap]] = {"residual_mlp": _residual_mlp, "dit": _dit}
 
 
 def build_network(
@@ -32,6 +44,6 @@ def build_network(
     if name not in NETWORKS:
         raise ValueError(f"network.name={name!r}: expected one of {', '.join(sorted(NETWORKS))}")
     try:
-        return NETWORKS[name](space=space, num_classes=num_classes, **arguments, **(moments or {}))
+        return NETWORKS[name](space=space, num_classes=num_classes, moments=moments, **arguments)
     except TypeError as error:
         raise ValueError(f"network={dict(network)}: {error}") from error
