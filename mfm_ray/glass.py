@@ -46,26 +46,27 @@ def merge_observations(x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor) -> JointO
     With R = hypot(t (1 - s), s (1 - t)), q = (1 - t)(1 - s):
 
         t* = R / (R + q),     x* = (t (1 - s)^2 x + s (1 - t)^2 J) / (R (R + q)),
-        v  = t (1 - s) / (R (R + q)) x + (s (1 - t)^2 - t^2 (1 - s) - R (1 - t)) / (R (R + q)) J + (1 - t) / (R + q) b.
+        v  = t (1 - s) / (R (R + q)) x - t^2 (1 - s)(R + 1 - t) / (R (R + q)(R + s (1 - t))) J + (1 - t) / (R + q) b.
 
-    No division by 1 - s. At t = 0 the outer state says nothing: t* = s, x* = J, v = b_s(J). R vanishes at
-    (s, t) = (1, 1) as well, where the velocity is truly singular: keep t below 1 there. Coefficients are computed
-    in the precision of the times, which should be float32 or better.
+    No division by 1 - s, and no difference that cancels: the usual numerator of J, s (1 - t)^2 - t^2 (1 - s) - R (1 - t),
+    is wrong by eps / s in float32 where t << s << 1. Coefficients are products of ratios, none of which underflows, in
+    the precision of the times, which should be float32 or better. At t = 0 the outer state says nothing: t* = s,
+    x* = J, v = b_s(J). R vanishes at (s, t) = (1, 1) as well, where the velocity is truly singular: keep t below 1.
     """
     radius = torch.hypot(t * (1 - s), s * (1 - t))
     blind = t == 0
-    floor = torch.finfo(radius.dtype).tiny ** 0.5
-    radius = torch.where(blind, torch.ones_like(radius), radius.clamp_min(floor))
+    radius = torch.where(blind, torch.ones_like(radius), radius.clamp_min(torch.finfo(radius.dtype).tiny))
     total = radius + (1 - t) * (1 - s)
-    scale = radius * total
+    from_x, from_j = t * (1 - s) / radius, s * (1 - t) / radius
     zero, one = torch.zeros_like(t), torch.ones_like(t)
-    on_x = torch.where(blind, zero, t * (1 - s) ** 2 / scale)
-    on_j = torch.where(blind, one, s * (1 - t) ** 2 / scale)
+    on_x = torch.where(blind, zero, from_x * (1 - s) / total)
+    on_j = torch.where(blind, one, from_j * (1 - t) / total)
+    inner = -from_x * (t / (radius + s * (1 - t))) * ((radius + (1 - t)) / total)
     return JointObservation(
         state=expand_time(on_x, x_t) * x_t + expand_time(on_j, x_s) * x_s,
         time=torch.where(blind, s, radius / total),
-        outer=torch.where(blind, zero, t * (1 - s) / scale),
-        inner=torch.where(blind, zero, (s * (1 - t) ** 2 - t**2 * (1 - s) - radius * (1 - t)) / scale),
+        outer=torch.where(blind, zero, from_x / total),
+        inner=torch.where(blind, zero, inner),
         scale=torch.where(blind, one, (1 - t) / total),
     )
 

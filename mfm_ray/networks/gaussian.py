@@ -6,11 +6,13 @@ For data sum_k w_k N(mu_k, S_k), state x at time t, M_k = t^2 S_k + (1 - t)^2 Id
     velocity          b_t(x)  = sum_k gamma_k (mu_k + (t S_k - (1 - t) Id) M_k^{-1} d_k)
     posterior         p(x_1 | x_t = x) = sum_k gamma_k N(mu_k + t S_k M_k^{-1} d_k, (1 - t)^2 S_k M_k^{-1})
 
-The posterior is a mixture again, so the inner velocity is the same formula applied to it.
+The posterior is a mixture again, so the inner velocity is the same formula applied to it. S_k, M_k and the posterior's
+covariance share their eigenvectors, which never change: nothing is inverted, and everything is differentiable in x.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,54 +28,68 @@ from mfm_ray.interpolants import expand_time
 class GaussianMixture:
     """One mixture, or a batch of them.
 
-    log_weights: (..., K), normalised; means: (..., K, D); covariances: (..., K, D, D). Leading dimensions, where
-    there are any, are the rows (B,) of the states that methods take.
+    log_weights: (..., K), normalised; means: (..., K, D); variances: (..., K, D) along the columns of `axes`, which is
+    (K, D, D) orthogonal, or (..., K, D, D). Leading dimensions, where there are any, are the rows (B,) of the states
+    that methods take. `from_covariances` makes one from what is usually known.
     """
 
     log_weights: Tensor
     means: Tensor
-    covariances: Tensor
+    variances: Tensor
+    axes: Tensor
+
+    @classmethod
+    def from_covariances(cls, log_weights: Tensor, means: Tensor, covariances: Tensor) -> GaussianMixture:
+        """From symmetric covariances (..., K, D, D)."""
+        variances, axes = torch.linalg.eigh(covariances)
+        return cls(log_weights, means, variances, axes)
 
     @property
     def dim(self) -> int:
         return self.means.shape[-1]
 
-    def to(self, dtype: torch.dtype) -> GaussianMixture:
-        return GaussianMixture(self.log_weights.to(dtype), self.means.to(dtype), self.covariances.to(dtype))
+    @property
+    def covariances(self) -> Tensor:
+        """S_k, (..., K, D, D)."""
+        return torch.einsum("...kid,...kd,...kjd->...kij", self.axes, self.variances, self.axes)
+
+    def to(self, like: torch.dtype | torch.device | Tensor) -> GaussianMixture:
+        return GaussianMixture(*(part.to(like) for part in (self.log_weights, self.means, self.variances, self.axes)))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log density at x (B, D), (B,)."""
-        return torch.logsumexp(self._joint_log_prob(x, torch.ones_like(x[:, 0])), dim=-1)
+        return self.log_marginal(x, torch.ones_like(x[:, 0]))
 
     def log_marginal(self, x: Tensor, t: Tensor) -> Tensor:
         """log p_t(x) of the noised mixture, (B,)."""
-        return torch.logsumexp(self._joint_log_prob(x, t), dim=-1)
+        return torch.logsumexp(self._noised(x, t).log_joint, dim=-1)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """b_t(x) = E[x_1 - x_0 | x_t = x], (B, D); no division by 1 - t."""
-        time = t[:, None, None]
-        solved = self._solve(x, t)
-        pulled = torch.einsum("...kij,...kj->...ki", self.covariances, solved)
-        parts = self.means + time * pulled - (1 - time) * solved
-        return torch.einsum("bk,bkd->bd", self.responsibilities(x, t), parts)
+        time, noised = t[:, None, None], self._noised(x, t)
+        gain = (time * self.variances - (1 - time)) / noised.variances
+        parts = self.means + self._along_axes(gain * noised.offsets)
+        return torch.einsum("bk,bkd->bd", torch.softmax(noised.log_joint, dim=-1), parts)
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x) = -sum_k gamma_k M_k^{-1} d_k, (B, D)."""
-        return -torch.einsum("bk,bkd->bd", self.responsibilities(x, t), self._solve(x, t))
+        noised = self._noised(x, t)
+        parts = self._along_axes(noised.offsets / noised.variances)
+        return -torch.einsum("bk,bkd->bd", torch.softmax(noised.log_joint, dim=-1), parts)
 
     def responsibilities(self, x: Tensor, t: Tensor) -> Tensor:
         """gamma_k(x), (B, K)."""
-        return torch.softmax(self._joint_log_prob(x, t), dim=-1)
+        return torch.softmax(self._noised(x, t).log_joint, dim=-1)
 
     def posterior(self, x: Tensor, t: Tensor) -> GaussianMixture:
         """p(x_1 | x_t = x), a batch of B mixtures."""
-        time = t[:, None, None]
-        gain = torch.einsum("...kij,bkjl->bkil", self.covariances, torch.linalg.inv(self._noised_covariances(t)))
-        means = self.means + time * torch.einsum("bkij,bkj->bki", gain, self._offsets(x, t))
+        time, noised = t[:, None, None], self._noised(x, t)
+        gain = self.variances / noised.variances
         return GaussianMixture(
-            log_weights=torch.log_softmax(self._joint_log_prob(x, t), dim=-1),
-            means=means,
-            covariances=(1 - time[..., None]) ** 2 * gain,
+            log_weights=torch.log_softmax(noised.log_joint, dim=-1),
+            means=self.means + self._along_axes(time * gain * noised.offsets),
+            variances=(1 - time) ** 2 * gain,
+            axes=self.axes,
         )
 
     def mean(self) -> Tensor:
@@ -90,34 +106,38 @@ class GaussianMixture:
         assert self.means.ndim == 2, "sample() draws from one mixture, not from a batch"
         component = torch.multinomial(self.log_weights.exp(), num_samples, replacement=True, generator=generator)
         white = torch.randn((num_samples, self.dim), generator=generator, dtype=self.means.dtype)
-        factor = torch.linalg.cholesky(self.covariances)
-        return self.means[component] + torch.einsum("nij,nj->ni", factor[component], white)
+        scaled = self.variances[component].sqrt() * white
+        return self.means[component] + torch.einsum("nij,nj->ni", self.axes[component], scaled)
 
-    def _noised_covariances(self, t: Tensor) -> Tensor:
-        time = t[:, None, None, None]
-        eye = torch.eye(self.dim, dtype=self.means.dtype, device=self.means.device)
-        return time**2 * self.covariances + (1 - time) ** 2 * eye
+    def _noised(self, x: Tensor, t: Tensor) -> _Noised:
+        time = t[:, None, None]
+        variances = time**2 * self.variances + (1 - time) ** 2
+        offsets = torch.einsum("...kid,...ki->...kd", self.axes, x[:, None, :] - time * self.means)
+        exponent = (offsets**2 / variances + variances.log()).sum(-1) + self.dim * math.log(2 * math.pi)
+        return _Noised(offsets=offsets, variances=variances, log_joint=self.log_weights - 0.5 * exponent)
 
-    def _offsets(self, x: Tensor, t: Tensor) -> Tensor:
-        return x[:, None, :] - t[:, None, None] * self.means
+    def _along_axes(self, coordinates: Tensor) -> Tensor:
+        return torch.einsum("...kid,...kd->...ki", self.axes, coordinates)
 
-    def _solve(self, x: Tensor, t: Tensor) -> Tensor:
-        """M_k^{-1} d_k, (B, K, D)."""
-        return torch.linalg.solve(self._noised_covariances(t), self._offsets(x, t).unsqueeze(-1)).squeeze(-1)
 
-    def _joint_log_prob(self, x: Tensor, t: Tensor) -> Tensor:
-        """log w_k + log N(x; t mu_k, M_k) without the constant (2 pi)^{-D/2}'s logarithm left out, (B, K)."""
-        quadratic = torch.einsum("bkd,bkd->bk", self._offsets(x, t), self._solve(x, t))
-        log_det = torch.logdet(self._noised_covariances(t))
-        constant = self.dim * torch.log(torch.tensor(2 * torch.pi, dtype=self.means.dtype))
-        return self.log_weights - 0.5 * (quadratic + log_det + constant)
+@dataclass(frozen=True)
+class _Noised:
+    """Components seen from a noised state x, in their own axes.
+
+    offsets: d_k, (B, K, D); variances: of M_k, (B, K, D); log_joint: log w_k + log N(x; t mu_k, M_k), (B, K).
+    """
+
+    offsets: Tensor
+    variances: Tensor
+    log_joint: Tensor
 
 
 def isotropic_mixture(means: Tensor, *, variance: float) -> GaussianMixture:
     """Equal components N(mean_k, variance Id), means (K, D)."""
     num, dim = means.shape
-    weights = torch.full((num,), 1 / num, dtype=means.dtype)
-    return GaussianMixture(weights.log(), means, variance * torch.eye(dim, dtype=means.dtype).expand(num, dim, dim))
+    weights = torch.full_like(means[:, 0], 1 / num)
+    axes = torch.eye(dim, dtype=means.dtype, device=means.device).expand(num, dim, dim)
+    return GaussianMixture(weights.log(), means, torch.full_like(means, variance), axes)
 
 
 @dataclass(frozen=True)
@@ -139,8 +159,8 @@ class LinearObservation:
 
         e^V = sum_k w_k sigma / sqrt(v_k) exp(-rho_k^2 / (2 v_k)), v_k = a^T S_k a + sigma^2, rho_k = y - a . mu_k.
         """
-        spread = torch.einsum("i,...kij,j->...k", self.direction, mixture.covariances, self.direction)
-        variance = spread + self.noise**2
+        along = torch.einsum("i,...kid->...kd", self.direction, mixture.axes)
+        variance = (mixture.variances * along**2).sum(-1) + self.noise**2
         residual = self.observation - mixture.means @ self.direction
         return mixture.log_weights + 0.5 * torch.log(self.noise**2 / variance) - residual**2 / (2 * variance)
 
@@ -154,7 +174,7 @@ class LinearObservation:
         variance = torch.einsum("...ki,i->...k", spread, self.direction) + self.noise**2
         residual = self.observation - mixture.means @ self.direction
         gain = spread / variance.unsqueeze(-1)
-        return GaussianMixture(
+        return GaussianMixture.from_covariances(
             log_weights=torch.log_softmax(self.log_evidence(mixture), dim=-1),
             means=mixture.means + gain * residual.unsqueeze(-1),
             covariances=mixture.covariances - gain.unsqueeze(-1) * spread.unsqueeze(-2),
@@ -165,7 +185,8 @@ class GaussianMixtureFlowMap(FlowMap):
     """The exact meta flow map of a Gaussian mixture: the oracle of the test suite.
 
     The diagonal is closed form; jumps integrate the inner flow with `num_inner_steps` Runge-Kutta 4 steps and are
-    differentiable in x_t. Works in the precision of the mixture. Has no parameters.
+    differentiable in x_t. Their error, in posterior spreads and at the default: 2e-5 up to t = 0.9, 2e-3 at 0.99, 3e-2
+    at 0.999. Works in the precision of the mixture. Has no parameters.
     """
 
     def __init__(self, mixture: GaussianMixture, *, num_inner_steps: int = 40) -> None:
@@ -187,21 +208,14 @@ class GaussianMixtureFlowMap(FlowMap):
         posterior = self.mixture.posterior(x_t, t)
         if torch.equal(s, u):
             return posterior.velocity(x_s, s)
-        span = expand_time(u - s, x_s)
-        moved = self._integrate(posterior, x_s, s, u) - x_s
-        return torch.where(span > 0, moved / span.clamp_min(1e-30), posterior.velocity(x_s, s))
-
-    def _integrate(self, posterior: GaussianMixture, x: Tensor, s: Tensor, u: Tensor) -> Tensor:
-        step = (u - s) / self.num_inner_steps
-        h = expand_time(step, x)
-        for i in range(self.num_inner_steps):
-            time = s + i * step
-            k1 = posterior.velocity(x, time)
-            k2 = posterior.velocity(x + h / 2 * k1, time + step / 2)
-            k3 = posterior.velocity(x + h / 2 * k2, time + step / 2)
-            k4 = posterior.velocity(x + h * k3, time + step)
-            x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return x
+        # A mean of slopes, not a difference of states over u - s: that would cancel for short steps.
+        scale = self.posterior_spread(t) / math.sqrt(self.mixture.dim)
+        mean, time = torch.zeros_like(x_s), s
+        for share in _step_shares(s, u, scale, self.num_inner_steps):
+            step = share * (u - s)
+            slope = _runge_kutta_slope(posterior, x_s + expand_time(u - s, x_s) * mean, time, step)
+            mean, time = mean + expand_time(share, x_s) * slope, time + step
+        return mean
 
     def posterior_spread(self, t: Tensor) -> Tensor:
         variances = torch.linalg.eigvalsh(self.mixture.covariance()).to(t)
@@ -210,3 +224,27 @@ class GaussianMixtureFlowMap(FlowMap):
 
     def config(self) -> dict[str, Any]:
         raise NotImplementedError("an exact oracle is built from its mixture, not from a configuration")
+
+
+def _step_shares(s: Tensor, u: Tensor, scale: Tensor, num_steps: int) -> Tensor:
+    """Shares of [s, u] by step, (num_steps, B): equal steps of the angle whose tangent is s scale / (1 - s).
+
+    The flow towards a Gaussian of standard deviation `scale` turns at constant speed in that angle; near t = 1 all of
+    its motion happens in the last 1 - s of the size of `scale`, which equal steps of s would miss.
+    """
+    scale = scale.clamp_min(1e-6)
+    start, end = torch.atan2(s * scale, 1 - s), torch.atan2(u * scale, 1 - u)
+    angles = start + torch.arange(num_steps + 1).to(s).unsqueeze(-1) / num_steps * (end - start)
+    density = torch.sin(angles) + scale * torch.cos(angles)
+    shares = 1 / (density[:-1] * density[1:])
+    return shares / shares.sum(0)
+
+
+def _runge_kutta_slope(mixture: GaussianMixture, x: Tensor, time: Tensor, step: Tensor) -> Tensor:
+    """Mean velocity of one Runge-Kutta 4 step of dx = b_t(x) dt."""
+    h = expand_time(step, x)
+    k1 = mixture.velocity(x, time)
+    k2 = mixture.velocity(x + h / 2 * k1, time + step / 2)
+    k3 = mixture.velocity(x + h / 2 * k2, time + step / 2)
+    k4 = mixture.velocity(x + h * k3, time + step)
+    return (k1 + 2 * k2 + 2 * k3 + k4) / 6
