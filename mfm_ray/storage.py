@@ -225,7 +225,7 @@ class Storage:
             yield
         except StorageError:
             raise
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if action == "write":
                 raise StorageError(f"cannot write {self.uri_of(rel)}: {_reason(error)}") from error
             raise FileNotFoundError(f"{self.uri_of(rel)} does not exist") from error

@@ -114,6 +114,12 @@ def test_missing_files_are_named(storage):
         storage.download_dir("nowhere", "/tmp/never")
 
 
+def test_reading_below_a_file_is_a_missing_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"file/config\.json does not exist"):
+        Storage(tmp_path / "file").read_json("config.json")
+
+
 def test_invalid_json_is_refused_by_name(storage):
     storage.write_bytes("result.json", b'{"a": ')
     with pytest.raises(InputError, match=r"result\.json is not valid JSON"):
