@@ -102,16 +102,11 @@ class FlowMap(nn.Module, ABC):
         _require_at_least_one(num_draws=num_draws, num_steps=num_steps)
         noise = as_noise(generator, like=x_t).fold_in(Stream.DRAW).spread(num_draws)
         x = noise.normal(*self.event_shape).to(x_t).flatten(0, 1)
-        condition = {
-            "t": t.repeat_interleave(num_draws),
-            "x_t": x_t.repeat_interleave(num_draws, dim=0),
-            "label": None if label is None else label.repeat_interleave(num_draws),
-            "cfg_scale": cfg_scale,
-        }
+        times, states = t.repeat_interleave(num_draws), x_t.repeat_interleave(num_draws, dim=0)
+        labels = None if label is None else label.repeat_interleave(num_draws)
         for step in range(num_steps):
-            s = torch.full_like(condition["t"], step / num_steps)
-            u = torch.full_like(condition["t"], (step + 1) / num_steps)
-            x = self(x, s, u, **condition)
+            s, u = (torch.full_like(times, edge / num_steps) for edge in (step, step + 1))
+            x = self(x, s, u, t=times, x_t=states, label=labels, cfg_scale=cfg_scale)
         return x.unflatten(0, (x_t.shape[0], num_draws))
 
 

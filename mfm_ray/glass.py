@@ -48,10 +48,10 @@ def merge_observations(x_s: Tensor, s: Tensor, x_t: Tensor, t: Tensor) -> JointO
         t* = R / (R + q),     x* = (t (1 - s)^2 x + s (1 - t)^2 J) / (R (R + q)),
         v  = t (1 - s) / (R (R + q)) x - t^2 (1 - s)(R + 1 - t) / (R (R + q)(R + s (1 - t))) J + (1 - t) / (R + q) b.
 
-    No division by 1 - s, and no difference that cancels: the usual numerator of J, s (1 - t)^2 - t^2 (1 - s) - R (1 - t),
-    is wrong by eps / s in float32 where t << s << 1. Coefficients are products of ratios, none of which underflows, in
-    the precision of the times, which should be float32 or better. At t = 0 the outer state says nothing: t* = s,
-    x* = J, v = b_s(J). R vanishes at (s, t) = (1, 1) as well, where the velocity is truly singular: keep t below 1.
+    No division by 1 - s, and no difference that cancels (the shorter numerator s (1 - t)^2 - t^2 (1 - s) - R (1 - t) of
+    J does). Coefficients are products of ratios, none of which underflows, in the precision of the times, which should
+    be float32 or better. At t = 0 the outer state says nothing: t* = s, x* = J, v = b_s(J). R vanishes at
+    (s, t) = (1, 1) as well, where the velocity is truly singular: keep t below 1.
     """
     radius = torch.hypot(t * (1 - s), s * (1 - t))
     blind = t == 0

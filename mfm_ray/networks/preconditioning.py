@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _FLOOR = 1e-12  # of a variance that vanishes only at s = t = 1
+_RELATIVE_FLOOR = 1e-6  # of the data's own variances: a thousandth of their mean standard deviation
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class GaussianVelocity:
 
     velocity: average velocity over [s, u] of the exact map towards the Gaussian posterior.
     scale: standard deviation of x_1 - eps given (x_s, x_t), the natural size of a correction.
-    inner, outer, merged: x_s less its posterior mean path; x_t times its correlation with x_1 (0 at t = 0, where it
-    says nothing); and the two observations merged into one, each with unit variance under the Gaussian.
+    inner: x_s less its posterior mean path, of unit variance under the Gaussian. outer, merged: x_t, and x_s and x_t
+    merged into one observation, each whitened and times its correlation with x_1 (0 at t = 0, where x_t says nothing).
     merged_time: (B,), the time at which the merged observation stands.
     """
 
@@ -42,7 +43,9 @@ class GaussianPreconditioner(nn.Module):
     with no division by u - s or 1 - s.
 
     Args:
-        mean: (D,); variances: (D,), positive; basis: (D, D) orthogonal, columns are principal directions.
+        mean: (D,); variances: (D,), at least 0, raised to a millionth of their mean: where the data never vary (a pixel
+            that is always black) the velocity would be singular at s = 1; basis: (D, D) orthogonal, columns are
+            principal directions.
     """
 
     mean: Tensor
@@ -52,15 +55,18 @@ class GaussianPreconditioner(nn.Module):
     def __init__(self, *, mean: Tensor, variances: Tensor, basis: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", (mean.double() @ basis.double()).float())
-        self.register_buffer("variances", variances.float())
+        floor = max(_FLOOR, _RELATIVE_FLOOR * float(variances.mean()))
+        self.register_buffer("variances", variances.float().clamp_min(floor))
         self.register_buffer("basis", basis.float())
 
     def rotate(self, x: Tensor) -> Tensor:
-        """(B, *event) to principal coordinates (B, D)."""
-        return x.flatten(1) @ self.basis
+        """(B, *event) to principal coordinates (B, D); never in the half precision that autocast would choose."""
+        with torch.autocast(x.device.type, enabled=False):
+            return x.flatten(1) @ self.basis
 
     def rotate_back(self, y: Tensor, like: Tensor) -> Tensor:
-        return (y @ self.basis.T).reshape(like.shape)
+        with torch.autocast(y.device.type, enabled=False):
+            return (y @ self.basis.T).reshape(like.shape)
 
     def posterior_variances(self, t: Tensor) -> Tensor:
         """Variances of p(x_1 | x_t) along the principal directions, (B, D)."""
@@ -80,7 +86,7 @@ class GaussianPreconditioner(nn.Module):
         root_s = torch.sqrt((s**2 * posterior_variance + (1 - s) ** 2).clamp_min(_FLOOR))
         root_u = torch.sqrt((u**2 * posterior_variance + (1 - u) ** 2).clamp_min(_FLOOR))
         inner = (y_s - s * posterior_mean) / root_s
-        slope = (posterior_variance * (u + s) - (2 - u - s)) / (root_s + root_u)
+        slope = (posterior_variance * (u + s) - ((1 - u) + (1 - s))) / (root_s + root_u)
         merged_time, merged = self._merge(y_s, s, y_t, t)
         return GaussianVelocity(
             velocity=posterior_mean + slope * inner,

@@ -14,7 +14,7 @@ from mfm_ray.networks.preconditioning import GaussianPreconditioner
 
 
 class TimeFeatures(nn.Module):
-    """cos and sin of a time in [0, 1] at `num_frequencies` octave-spaced frequencies, (B,) to (B, 2 num_frequencies)."""
+    """cos and sin of a time in [0, 1] at `num_frequencies` frequencies 3/4 of an octave apart, (B,) to (B, 2 num)."""
 
     frequencies: Tensor
 
