@@ -2,6 +2,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 
 import fsspec
 import pytest
@@ -247,3 +249,22 @@ def test_on_object_stores_the_marker_is_written_last(folder):
 def test_results_are_plain_json(tmp_path):
     Storage(tmp_path).write_json("r.json", {"a": 1.5})
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1.5}
+
+
+@pytest.mark.parametrize("place", ["model", "new"])
+def test_a_killed_process_leaves_the_old_folder_or_none(tmp_path, place):
+    storage = Storage(tmp_path)
+    storage.write_bytes("model/good", b"good")
+    code = f"""
+import os
+from mfm_ray.storage import Storage
+with Storage({str(tmp_path)!r}).replace_dir({place!r}) as folder:
+    (folder / "half").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert storage.listdir() == ["model"]
+    assert storage.listdir("model") == ["good"]
+    with storage.replace_dir(place) as folder:
+        (folder / "whole").write_bytes(b"whole")
+    assert storage.listdir(place) == ["whole"]
