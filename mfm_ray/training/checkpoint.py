@@ -51,7 +51,7 @@ class CheckpointState:
     """Where a run stood: optimiser steps done, seconds of training so far, and how it was laid out.
 
     `config` is the training configuration, `model` the config.json of the model it trains (what export needs),
-    `figures` the last line of the metrics.
+    `data_sha256` the hash of the data's manifest, `figures` the last line of the metrics.
     """
 
     step: int
@@ -60,6 +60,7 @@ class CheckpointState:
     stage: int
     config: dict[str, Any]
     model: dict[str, Any]
+    data_sha256: str
     figures: dict[str, float]
 
 
@@ -103,27 +104,33 @@ def read_state(checkpoint: Storage) -> CheckpointState:
 
 
 def check_compatible(
-    checkpoint: Storage, state: CheckpointState, *, world_size: int, stage: int, model: Mapping[str, Any]
+    checkpoint: Storage,
+    state: CheckpointState,
+    *,
+    world_size: int,
+    stage: int,
+    model: Mapping[str, Any],
+    data_sha256: str,
 ) -> None:
-    """Raises CheckpointError unless a run of this layout and network can go on from `state`."""
-    if state.world_size != world_size:
-        raise CheckpointError(
-            f"{checkpoint.uri}: written by scaling.num_workers={state.world_size}, cannot be resumed with "
-            f"{world_size}; resume with scaling.num_workers={state.world_size}"
-        )
-    if state.stage != stage:
-        raise CheckpointError(
-            f"{checkpoint.uri}: written with zero.stage={state.stage}, cannot be resumed with {stage}; "
-            f"resume with zero.stage={state.stage}"
-        )
+    """Raises CheckpointError unless a run of this layout, network and data can go on from `state`."""
+    layout = {"scaling.num_workers": (state.world_size, world_size), "zero.stage": (state.stage, stage)}
+    for key, (theirs, ours) in layout.items():
+        if theirs != ours:
+            raise CheckpointError(
+                f"{key}={ours}: {checkpoint.uri} was written with {theirs}; resume with {key}={theirs}"
+            )
     for group in ("network", "interpolant", "data", "cfg_scales"):
         difference = _first_difference(state.model.get(group), model.get(group), group)
         if difference is not None:
             key, theirs, ours = difference
             raise CheckpointError(
-                f"{checkpoint.uri}: checkpoint of another model, {key} is {json.dumps(theirs)} there, "
-                f"{json.dumps(ours)} here"
+                f"{key}={json.dumps(ours)}: {checkpoint.uri} is of another model, with {json.dumps(theirs)}"
             )
+    if state.data_sha256 != data_sha256:
+        raise CheckpointError(
+            f"data.path: {checkpoint.uri} was trained on other data (its manifest's SHA-256 begins "
+            f"{state.data_sha256[:12]}, here {data_sha256[:12]})"
+        )
 
 
 def verify_rank(directory: Path, rank: int) -> None:

@@ -26,6 +26,7 @@ from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
 from mfm_ray.training.comm_op import check_comm_op
+from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
 from mfm_ray.training.loop import Plan, train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
 from mfm_ray.training.progress import ProgressDisplay
@@ -100,13 +101,19 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     typed = from_dict(TrainConfig, config)
     check_config(typed)
     data = prepare_data(typed, storage, log)
-    model = model_config(typed, read_manifest(data))
+    manifest = read_manifest(data)
+    model = model_config(typed, manifest)
     found = newest_checkpoint(storage)
     if found is not None and not resume:
         raise InputError(f"{storage.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
     if found is not None:
         checkpoint.check_compatible(
-            found.storage, found.state, world_size=num_workers(typed), stage=typed.zero.stage, model=model
+            found.storage,
+            found.state,
+            world_size=num_workers(typed),
+            stage=typed.zero.stage,
+            model=model,
+            data_sha256=manifest.sha256,
         )
         log(f"going on from step {found.state.step}")
     elif resume:
@@ -268,11 +275,15 @@ def _last_line(text: str) -> str:
 
 def finish(config: TrainConfig, storage: Storage, data: Storage, found: Found, log: Log) -> TrainingResult:
     """Write the model directory from the newest checkpoint."""
+    if config.classifier_steps:
+        log(f"training the classifier of {config.data.name}")
+    figures = export_checkpoint(
+        found.storage, storage.child("model"), judge=train_judge(config, data), picture=newest_picture(storage)
+    )
     artifacts = {
         "model": storage.uri_of("model"),
         "checkpoints": storage.uri_of(CHECKPOINTS),
         "metrics": storage.uri_of(METRICS_FILE),
+        **({"samples": storage.uri_of("samples")} if storage.is_dir("samples") else {}),
     }
-    if storage.is_dir("samples"):
-        artifacts["samples"] = storage.uri_of("samples")
-    return TrainingResult(metrics=found.state.figures, artifacts=artifacts)
+    return TrainingResult(metrics=figures, artifacts=artifacts)

@@ -171,6 +171,7 @@ class TrainingData:
 
     x: Tensor
     labels: Tensor | None
+    sha256: str
     order: SampleOrder
     seed: int
     split: BatchSplit
@@ -181,10 +182,11 @@ class TrainingData:
     def load(
         cls, source: Storage, config: TrainConfig, split: BatchSplit, *, rank: int, device: torch.device
     ) -> TrainingData:
-        rows, space = load_split(source, "train"), read_manifest(source).space
+        rows, manifest = load_split(source, "train"), read_manifest(source)
         return cls(
-            x=space.to_model_space(rows.data),
+            x=manifest.space.to_model_space(rows.data),
             labels=rows.labels if bool((rows.labels >= 0).any()) else None,
+            sha256=manifest.sha256,
             order=SampleOrder(num_rows=len(rows), seed=config.seed, global_batch_size=config.global_batch_size),
             seed=config.seed,
             split=split,
@@ -215,14 +217,37 @@ def restore(training: Training) -> int:
     if found is None:
         return 0
     with found.as_directory() as folder:
-        directory = Path(folder)
-        verify_on_all_ranks(directory, training.rank)
-        state = checkpoint.read_state(Storage(directory))
-        training.engine.load(directory)
-        training.ema.load(directory / checkpoint.ema_name(training.rank))
-    training.seconds_before = state.seconds
-    training.started = time.monotonic()
+        return read_checkpoint(training, Path(folder))
+
+
+def read_checkpoint(training: Training, directory: Path) -> int:
+    """Take weights, optimiser state and average from the ranks' merged folder; the steps that are done. Collective."""
+    verify_on_all_ranks(directory, training.rank)
+    state = checkpoint.read_state(Storage(directory))
+    training.engine.load(directory)
+    training.ema.load(directory / checkpoint.ema_name(training.rank))
+    training.seconds_before, training.started = state.seconds, time.monotonic()
     return state.step
+
+
+def write_checkpoint(training: Training, directory: Path, *, done: int, figures: dict[str, float]) -> None:
+    """Put this rank's part of a checkpoint into an empty folder of its own. Collective."""
+    rank = training.rank
+    training.engine.save(directory)
+    training.ema.save(directory / checkpoint.ema_name(rank))
+    model_file = directory / checkpoint.MODEL_FILE if rank == 0 else None
+    checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map))
+    state = checkpoint.CheckpointState(
+        step=done,
+        seconds=training.seconds,
+        world_size=training.split.num_workers,
+        stage=training.engine.stage,
+        config=training.plan.config,
+        model=training.plan.model,
+        data_sha256=training.data.sha256,
+        figures=figures,
+    )
+    checkpoint.write_manifest(directory, rank=rank, state=state)
 
 
 def verify_on_all_ranks(directory: Path, rank: int) -> None:
@@ -324,16 +349,8 @@ class Recorder:
         self._begin_interval(done)
 
     def save_checkpoint(self, done: int) -> None:
-        training, rank = self._training, self._training.rank
         with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:
-            directory = Path(folder)
-            training.engine.save(directory)
-            training.ema.save(directory / checkpoint.ema_name(rank))
-            checkpoint.write_tensors(
-                directory / checkpoint.MODEL_FILE if rank == 0 else None,
-                training.ema.full_tensors(training.flow_map),
-            )
-            checkpoint.write_manifest(directory, rank=rank, state=self._state(done))
+            write_checkpoint(self._training, Path(folder), done=done, figures=self.figures)
             if self._log is not None:
                 self._log.sync()
             ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -342,18 +359,6 @@ class Recorder:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-
-    def _state(self, done: int) -> checkpoint.CheckpointState:
-        training = self._training
-        return checkpoint.CheckpointState(
-            step=done,
-            seconds=training.seconds,
-            world_size=training.split.num_workers,
-            stage=training.engine.stage,
-            config=training.plan.config,
-            model=training.plan.model,
-            figures=self.figures,
-        )
 
     def _tell_progress(self, done: int, numbers: dict[str, float], steps_per_second: float) -> None:
         if self._training.plan.progress is not None:

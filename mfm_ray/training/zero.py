@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ def zero_config(
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": None,
+        "log_level": "error",
         "timers": {"throughput": {"enabled": False}},
         "checkpoint": {"tag_validation": "IGNORE"},  # the tag is a constant
     }
@@ -151,15 +153,31 @@ def prepare(
     The module must hold the same weights on every rank (build it from one seed).
     """
     backend = torch.distributed.get_backend()
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
         load_comm_op()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=backend)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=build_optimizer(module, optimizer), config=dict(config))
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(module, optimizer), config=dict(config)
+        )
     return ZeroEngine(engine, stage=config["zero_optimization"]["stage"], gradient_clipping=gradient_clipping)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed compiles an optimiser that nobody asked for while it starts; loading the compiler takes seconds."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 class ZeroEngine:
