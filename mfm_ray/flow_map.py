@@ -79,7 +79,7 @@ class FlowMap(nn.Module, ABC):
         return x_s + expand_time(u - s, x_s) * velocity
 
     def drift(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, cfg_scale: float | None = None) -> Tensor:
-        """Marginal velocity b_t(x) = E[x_1 - x_0 | x_t = x], (B, *event): the diagonal seen from conditioning time 0."""
+        """Marginal velocity b_t(x) = E[x_1 - x_0 | x_t = x], (B, *event): the diagonal at conditioning time 0."""
         zero = torch.zeros_like(t)
         return self.velocity(x_t, t, t, t=zero, x_t=torch.zeros_like(x_t), label=label, cfg_scale=cfg_scale)
 
@@ -99,7 +99,7 @@ class FlowMap(nn.Module, ABC):
         One step is X_{0,1}(eps); more compose the map over the uniform grid of `num_steps` steps. Exact when the
         map is. Raises ValueError for num_draws or num_steps below 1.
         """
-        _require_at_least_one(num_draws=num_draws, num_steps=num_steps)
+        require_at_least_one(num_draws=num_draws, num_steps=num_steps)
         noise = as_noise(generator, like=x_t).fold_in(Stream.DRAW).spread(num_draws)
         x = noise.normal(*self.event_shape).to(x_t).flatten(0, 1)
         times, states = t.repeat_interleave(num_draws), x_t.repeat_interleave(num_draws, dim=0)
@@ -110,7 +110,8 @@ class FlowMap(nn.Module, ABC):
         return x.unflatten(0, (x_t.shape[0], num_draws))
 
 
-def _require_at_least_one(**counts: int) -> None:
+def require_at_least_one(**counts: int) -> None:
+    """ValueError naming the first argument that is not an integer of at least 1."""
     for name, value in counts.items():
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value}: expected an integer of at least 1")

@@ -97,7 +97,12 @@ class KeyedNoise:
 
     @classmethod
     def for_rows(cls, seed: int, rows: Tensor) -> KeyedNoise:
-        """One key a row, from one seed and integer row indices (B,): image numbers or rows of a training set."""
+        """One key a row, from one seed and integer row indices (B,): image numbers or rows of a training set.
+
+        Raises ValueError for a seed that is not a signed 64-bit integer.
+        """
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed={seed}: expected an integer from -2^63 to 2^63 - 1")
         return cls(_mix(torch.full_like(rows, seed, dtype=torch.int64))).fold_in(rows)
 
     @classmethod

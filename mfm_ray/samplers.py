@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from mfm_ray.flow_map import FlowMap
+from mfm_ray.flow_map import FlowMap, require_at_least_one
 from mfm_ray.interpolants import LinearInterpolant, expand_time
 from mfm_ray.noise import KeyedNoise, Stream
 from mfm_ray.steering import (
@@ -21,6 +21,7 @@ from mfm_ray.steering import (
     CallCounter,
     Guidance,
     GuidedDrift,
+    Reward,
     SteeringContext,
     Unguided,
     score,
@@ -41,10 +42,15 @@ class TimeGrid:
     start: float = 0.001
     power: float = 1.5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1:
+            raise ValueError(f"start={self.start}: expected a time in (0, 1)")
+        if not 0 < self.power < float("inf"):
+            raise ValueError(f"power={self.power}: expected a finite number above 0")
+
     def times(self, num_steps: int) -> list[float]:
         """num_steps + 1 times. Raises ValueError for num_steps below 1."""
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}: expected an integer of at least 1")
+        require_at_least_one(num_steps=num_steps)
         return [self.start + (1 - self.start) * (k / num_steps) ** self.power for k in range(num_steps)] + [1.0]
 
 
@@ -72,7 +78,7 @@ class MemorylessDiffusion(Dynamics):
 
     m = x + (1 - t)(b + correction), then x_next is drawn from the interpolant's own bridge between x_t and m:
 
-        v = (1 - t)^2 - (t / t')^2 (1 - t')^2
+        v = (1 - t)^2 - (t / t')^2 (1 - t')^2 = (1 - t / t') (1 - t + (t / t') (1 - t'))
         mean = (t' v m + (t / t') (1 - t')^2 x) / (1 - t)^2,   variance = v (1 - t')^2 / (1 - t)^2.
 
     Agrees with Euler-Maruyama to first order (drift 2b - x/t plus twice the correction, sigma^2 = 2(1 - t)/t), and is
@@ -84,13 +90,13 @@ class MemorylessDiffusion(Dynamics):
     ) -> Tensor:
         clean = LinearInterpolant().posterior_mean(x, velocity + correction, t)
         shrink = t / t_next
-        variance = (1 - t) ** 2 - shrink**2 * (1 - t_next) ** 2
+        variance = (t_next - t) / t_next * ((1 - t) + shrink * (1 - t_next))
         total = (1 - t) ** 2
         mean = (
             expand_time(t_next * variance / total, x) * clean + expand_time(shrink * (1 - t_next) ** 2 / total, x) * x
         )
         z = noise.fold_in(Stream.DIFFUSION).normal(*x.shape[1:]).to(x)
-        return mean + expand_time((variance / total).clamp_min(0).sqrt() * (1 - t_next), x) * z
+        return mean + expand_time((variance / total).sqrt() * (1 - t_next), x) * z
 
 
 DYNAMICS: dict[str, type[Dynamics]] = {"ode": ProbabilityFlow, "sde": MemorylessDiffusion}
@@ -157,26 +163,24 @@ def sample(
 
     Raises ValueError naming the argument, its value and what is allowed.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: expected an integer of at least 1")
+    require_at_least_one(num_samples=num_samples, batch_size=batch_size)
     if dynamics not in DYNAMICS:
         raise ValueError(f"dynamics={dynamics!r}: expected one of {', '.join(DYNAMICS)}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected an integer of at least 1")
     labels = _labels(flow_map, label, num_samples)
     particles = steering.num_particles if isinstance(steering, BestOfN) else 1
     outer = OuterSampler(flow_map, DYNAMICS[dynamics](), (grid or TimeGrid()).times(num_steps), cfg_scale)
-    calls = CallCounter()
+    calls, device = CallCounter(), _device(flow_map)
     parts = []
     images_at_once = max(1, batch_size // particles)
     for begin in range(0, num_samples, images_at_once):
         count = min(images_at_once, num_samples - begin)
-        noise = KeyedNoise.for_images(seed, count, first=first_image + begin).spread(particles)
+        noise = KeyedNoise.for_images(seed, count, first=first_image + begin, device=device).spread(particles)
         chunk_labels = None if labels is None else labels[begin : begin + count]
-        parts.append(_sample_images(outer, steering, noise, chunk_labels, calls, batch_size))
+        part = _sample_images(outer, steering, noise, chunk_labels, calls, batch_size)
+        parts.append(part if keep_particles else replace(part, particles=None, particle_rewards=None))
         if progress is not None:
             progress(begin + count, num_samples)
-    return _join(parts, calls, num_samples, keep_particles)
+    return _join(parts, calls, num_samples)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class OuterSampler:
     def run(self, guidance: Guidance, noise: KeyedNoise, label: Tensor | None, calls: CallCounter) -> Trajectory:
         """Integrate rows from x_{t_0} ~ N(0, Id), noise (rows,); the drift is never evaluated at t = 1."""
         trace: dict[str, list[Tensor]] = {}
-        x = noise.fold_in(Stream.START).normal(*self.flow_map.event_shape).to(_device(self.flow_map))
+        x = noise.fold_in(Stream.START).normal(*self.flow_map.event_shape)
         for step, (now, then) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
             at_step = noise.fold_in(step)
             t, t_next = torch.full_like(x.flatten(1)[:, 0], now), torch.full_like(x.flatten(1)[:, 0], then)
@@ -231,11 +235,11 @@ def _sample_images(
     if reward is None:
         return Samples(images=images[:, 0], rewards=None, nfe=0, calls={}, trace=trace, particles=images)
     with torch.no_grad():
-        rewards = score(reward, images.flatten(0, 1)).unflatten(0, (num_images, num_particles))
+        rewards = _score_padded(reward, images.flatten(0, 1)).unflatten(0, (num_images, num_particles))
     if isinstance(steering, BestOfN):
         calls.reward += rewards.numel()
     best = rewards.argmax(dim=1)
-    index = torch.arange(num_images)
+    index = torch.arange(num_images, device=best.device)
     return Samples(
         images=images[index, best],
         rewards=rewards[index, best],
@@ -255,12 +259,23 @@ def run_padded(
     missing = -rows % ROW_MULTIPLE
     if missing == 0:
         return outer.run(guidance, noise, label, calls)
-    index = torch.cat([torch.arange(rows), torch.zeros(missing, dtype=torch.int64)])
+    index = _padded_index(rows, noise.keys.device)
     scratch = CallCounter()
     padded = outer.run(guidance, noise[index], None if label is None else label[index], scratch)
     for kind, count in vars(scratch).items():
         setattr(calls, kind, getattr(calls, kind) + count * rows // (rows + missing))
     return Trajectory(padded.x1[:rows], {key: [row[:rows] for row in rows_] for key, rows_ in padded.trace.items()})
+
+
+def _score_padded(reward: Reward, samples: Tensor) -> Tensor:
+    """`score` on a multiple of `ROW_MULTIPLE` rows: rewards are networks too."""
+    return score(reward, samples[_padded_index(samples.shape[0], samples.device)])[: samples.shape[0]]
+
+
+def _padded_index(rows: int, device: torch.device) -> Tensor:
+    """0 .. rows - 1, and row 0 again up to a multiple of `ROW_MULTIPLE`."""
+    index = torch.arange(rows + -rows % ROW_MULTIPLE, device=device)
+    return torch.where(index < rows, index, 0)
 
 
 def refine(
@@ -271,28 +286,37 @@ def refine(
     seed: int = 0,
     label: int | Tensor | None = None,
     cfg_scale: float | None = None,
+    batch_size: int = 1024,
 ) -> Tensor:
     """K-step refinement (the paper's Algorithm 1): draw x_1 ~ p(x_1 | x_t), re-noise it to the next time, repeat.
 
     Grid 0 = t_0 < ... < t_K = 1, uniform; num_steps network calls an image. Marginals are preserved exactly by an exact
     map, for any number of steps. Returns (num_samples, *event) in data units, clamped. One step is the flow map itself.
     """
-    noise = KeyedNoise.for_images(seed, num_samples + (-num_samples % ROW_MULTIPLE))
+    require_at_least_one(num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     labels = _labels(flow_map, label, num_samples)
-    if labels is not None:
-        labels = torch.cat([labels, labels[:1].expand(-num_samples % ROW_MULTIPLE)])
-    x = noise.fold_in(Stream.START).normal(*flow_map.event_shape).to(_device(flow_map))
+    parts = []
+    for begin in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - begin)
+        noise = KeyedNoise.for_images(seed, count, first=begin, device=_device(flow_map))
+        index = _padded_index(count, noise.keys.device)
+        chunk_labels = None if labels is None else labels[begin : begin + count][index]
+        parts.append(_refine_rows(flow_map, noise[index], num_steps, chunk_labels, cfg_scale)[:count])
+    return flow_map.space.clamp(flow_map.space.to_data_units(torch.cat(parts)))
+
+
+@torch.no_grad()
+def _refine_rows(
+    flow_map: FlowMap, noise: KeyedNoise, num_steps: int, label: Tensor | None, cfg_scale: float | None
+) -> Tensor:
+    x = noise.fold_in(Stream.START).normal(*flow_map.event_shape)
     for step in range(num_steps):
-        t = torch.full_like(x.flatten(1)[:, 0], step / num_steps)
         at_step = noise.fold_in(step)
-        with torch.no_grad():
-            draws = flow_map.posterior_draws(
-                x, t, num_draws=1, generator=at_step, label=labels, cfg_scale=cfg_scale
-            ).squeeze(1)
-        fresh = at_step.fold_in(Stream.RENOISE).normal(*flow_map.event_shape).to(x)
-        later = torch.full_like(t, (step + 1) / num_steps)
-        x = LinearInterpolant().sample(fresh, draws, later).x_t
-    return flow_map.space.clamp(flow_map.space.to_data_units(x[:num_samples]))
+        t, later = (torch.full_like(x.flatten(1)[:, 0], edge / num_steps) for edge in (step, step + 1))
+        draws = flow_map.posterior_draws(x, t, num_draws=1, generator=at_step, label=label, cfg_scale=cfg_scale)
+        fresh = at_step.fold_in(Stream.RENOISE).normal(*flow_map.event_shape)
+        x = LinearInterpolant().sample(fresh, draws.squeeze(1), later).x_t
+    return x
 
 
 def diagonal_posterior_draws(
@@ -325,10 +349,12 @@ def _labels(flow_map: FlowMap, label: int | Tensor | None, num_samples: int) -> 
         return None
     if flow_map.num_classes == 0:
         raise ValueError(f"label={label}: this model has no classes; leave it out")
-    labels = torch.as_tensor(label, dtype=torch.int64).expand(num_samples)
+    labels = torch.as_tensor(label, dtype=torch.int64, device=_device(flow_map))
+    if labels.shape not in ((), (num_samples,)):
+        raise ValueError(f"label of shape {tuple(labels.shape)}: expected one class, or one for each of {num_samples}")
     if bool(((labels < 0) | (labels >= flow_map.num_classes)).any()):
         raise ValueError(f"label={label}: expected an integer from 0 to {flow_map.num_classes - 1}")
-    return labels
+    return labels.expand(num_samples)
 
 
 def _record(trace: dict[str, list[Tensor]], guided: GuidedDrift, velocity: Tensor) -> None:
@@ -341,18 +367,21 @@ def _record(trace: dict[str, list[Tensor]], guided: GuidedDrift, velocity: Tenso
     trace.setdefault("guidance_ratio", []).append(ratio)
 
 
-def _join(parts: list[Samples], calls: CallCounter, num_samples: int, keep_particles: bool) -> Samples:
-    rewards = None if parts[0].rewards is None else torch.cat([p.rewards for p in parts if p.rewards is not None])
-    particle_rewards = [p.particle_rewards for p in parts if p.particle_rewards is not None]
+def _join(parts: list[Samples], calls: CallCounter, num_samples: int) -> Samples:
     return Samples(
         images=torch.cat([part.images for part in parts]),
-        rewards=rewards,
+        rewards=_cat([part.rewards for part in parts]),
         nfe=calls.total() / num_samples,
         calls={kind: count / num_samples for kind, count in vars(calls).items()},
         trace={key: torch.cat([part.trace[key] for part in parts], dim=1) for key in parts[0].trace},
-        particles=torch.cat([p.particles for p in parts if p.particles is not None]) if keep_particles else None,
-        particle_rewards=torch.cat(particle_rewards) if keep_particles and particle_rewards else None,
+        particles=_cat([part.particles for part in parts]),
+        particle_rewards=_cat([part.particle_rewards for part in parts]),
     )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _device(flow_map: FlowMap) -> torch.device:

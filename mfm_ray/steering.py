@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mfm_ray.flow_map import FlowMap
+from mfm_ray.flow_map import FlowMap, require_at_least_one
 from mfm_ray.interpolants import expand_time
 from mfm_ray.noise import Noise
 from mfm_ray.values import ValueEstimate, estimate_value, tilted_mean_shift
@@ -99,7 +99,7 @@ class GradientGuidance(Guidance):
     trust_region: float | str | None = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_num_draws(self.num_draws)
+        require_at_least_one(num_draws=self.num_draws)
         _check_scale(self.guidance_scale)
         if self.renormalise not in RENORMALISATIONS:
             raise ValueError(f"renormalise={self.renormalise!r}: expected one of {', '.join(RENORMALISATIONS)}")
@@ -125,8 +125,12 @@ class GradientGuidance(Guidance):
     def _value_and_gradient(self, x_t: Tensor, t: Tensor, context: SteeringContext) -> tuple[ValueEstimate, Tensor]:
         x = x_t.detach().requires_grad_()
         _, rewards = draw_and_score(self.reward, x, t, self.num_draws, context)
+        if not rewards.requires_grad:
+            raise ValueError(f"reward {_name(self.reward)}: has no gradient; use one that has, or GradientFreeGuidance")
         value = estimate_value(rewards)
         (gradient,) = torch.autograd.grad(value.value.sum(), x)
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(f"reward {_name(self.reward)}: its gradient is NaN or infinity")
         context.calls.draw_backward += rewards.numel()
         context.calls.reward_backward += rewards.numel()
         detached = ValueEstimate(value.value.detach(), value.standard_error, value.effective_sample_size)
@@ -152,7 +156,7 @@ class GradientFreeGuidance(Guidance):
     guidance_scale: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_num_draws(self.num_draws)
+        require_at_least_one(num_draws=self.num_draws)
         _check_scale(self.guidance_scale)
 
     @torch.no_grad()
@@ -174,8 +178,7 @@ class BestOfN:
     num_particles: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.num_particles < 1:
-            raise ValueError(f"num_particles={self.num_particles}: expected an integer of at least 1")
+        require_at_least_one(num_particles=self.num_particles)
 
 
 def draw_and_score(
@@ -202,13 +205,17 @@ def score(reward: Reward, samples: Tensor) -> Tensor:
     Raises ValueError naming the reward for a wrong shape, NaN or infinity: a reward that fails is never a zero.
     """
     rewards = reward(samples)
-    name = getattr(reward, "name", type(reward).__name__)
+    name = _name(reward)
     if rewards.shape != samples.shape[:1]:
         raise ValueError(f"reward {name}: returned shape {tuple(rewards.shape)} for {samples.shape[0]} samples")
     rewards = rewards.float()
     if not bool(torch.isfinite(rewards.detach()).all()):
         raise ValueError(f"reward {name}: returned NaN or infinity for a batch of {samples.shape[0]} samples")
     return rewards
+
+
+def _name(reward: Reward) -> str:
+    return getattr(reward, "name", type(reward).__name__)
 
 
 def limit_shift(correction: Tensor, t: Tensor, *, radius: Tensor) -> Tensor:
@@ -238,12 +245,8 @@ RENORMALISATIONS = {"none": _keep, "rescale": _rescale, "clip": _clip}
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
-
-
-def _check_num_draws(num_draws: int) -> None:
-    if num_draws < 1:
-        raise ValueError(f"num_draws={num_draws}: expected an integer of at least 1")
+    # squares of a stiff reward's gradient leave the range of float32
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).to(x.dtype)
 
 
 def _check_scale(guidance_scale: float) -> None:

@@ -14,7 +14,8 @@ class ValueEstimate:
     """A value and how far to trust it, (B,) float32 each.
 
     value: logsumexp_i r_i - log K. Consistent; biased downwards by Var(e^r) / (2 K e^{2V}) + O(K^-2) (Jensen).
-    standard_error: of `value` in nats, by the delta method; 0 for one draw, where it is unknown.
+    standard_error: of `value` in nats, by the delta method; 0 for one draw, where it is unknown. At most 1, which it
+        nears when a single draw carries all the weight: the value is then a lower bound, of unknown error.
     effective_sample_size: (sum w)^2 / sum w^2 in [1, K] with w = e^r.
     """
 
