@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from jobs.run_folder import is_submitted
+from jobs.stopping import Stopped
 
 # Workers, their controller and one spare each for validation and data must fit on a laptop with two cores, so the
 # CPUs of a local cluster are logical: places, not cores.
@@ -50,8 +51,12 @@ def ray_cluster(log: Callable[[str], None]) -> Iterator[None]:
             _join(address)
     try:
         yield
-    finally:
+    except Stopped:
+        raise  # there is no time for a shutdown: the contract ends this process and all below it
+    except BaseException:
         ray.shutdown()
+        raise
+    ray.shutdown()
 
 
 def num_gpus() -> float:

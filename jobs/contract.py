@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from jobs.command_line import answer_flags
 from jobs.provenance import git_commit, versions
 from jobs.run_folder import ERROR_LOG, RESULT, RunFolder
-from jobs.stopping import GRACE_S, Stopped, StopSignals
+from jobs.stopping import GRACE_S, Stopped, StopSignals, end_now
 from mfm_ray.config import JobConfig, load_config, to_dict
 from mfm_ray.errors import InputError, StorageError
 from mfm_ray.storage import Storage
@@ -82,6 +82,8 @@ def run_job(
             code = job.run(body, check, signals)
         except Stopped:  # in the instant between the error of a body and its record
             code = job.report_stop()
+        if signals.received:
+            end_now(code)
     sys.exit(code)
 
 
