@@ -55,8 +55,8 @@ class GaussianPreconditioner(nn.Module):
     def __init__(self, *, mean: Tensor, variances: Tensor, basis: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", (mean.double() @ basis.double()).float())
-        floor = max(_FLOOR, _RELATIVE_FLOOR * float(variances.mean()))
-        self.register_buffer("variances", variances.float().clamp_min(floor))
+        floor = (_RELATIVE_FLOOR * variances.float().mean()).clamp_min(_FLOOR)
+        self.register_buffer("variances", torch.maximum(variances.float(), floor))
         self.register_buffer("basis", basis.float())
 
     def rotate(self, x: Tensor) -> Tensor:
