@@ -186,20 +186,26 @@ class Storage:
                 staging.mkdir(parents=True)
             yield staging
             self._swap_in(str(staging), rel)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(staging, ignore_errors=True)
+            if type(error) is StorageError:  # name the place that the user knows
+                raise StorageError(str(error).replace(str(staging), self.uri_of(rel))) from error
             raise
 
     def check_writable(self) -> None:
         """Creates the folder and writes a small file into it; UnusableStorageError when that fails."""
         probe = f"{_TEMPORARY}{uuid.uuid4().hex}"
+        was_there = True
         try:
+            was_there = self.exists()
             with self._named("write", ""):
                 self.filesystem.create_dir(self.path, recursive=True)
             self.write_bytes(probe, bytes(_PROBE_BYTES))
             self.delete(probe)
         except StorageError as error:
             self._discard(self._path(probe))
+            if not was_there and self.is_dir() and not self.listdir():
+                self._discard(self.path)
             reason = str(error).removeprefix(f"cannot write {self.uri_of(probe)}: ")
             reason = reason.removeprefix(f"cannot write {self.uri}: ")
             raise UnusableStorageError(f"storage {self.uri} cannot be written: {reason}") from error
