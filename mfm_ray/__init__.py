@@ -1,13 +1,22 @@
 """Meta Flow Maps: train, steer and serve reward-aligned generators. Importing this needs torch and nothing above it."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.glass import posterior_velocity
 from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.noise import KeyedNoise
+from mfm_ray.objectives import Objective, semigroup
 from mfm_ray.samplers import Samples, TimeGrid, refine, sample
 from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance
 from mfm_ray.values import ValueEstimate, estimate_value
+
+if TYPE_CHECKING:
+    from mfm_ray import rewards
+    from mfm_ray.pretrained import load_flow_map
 
 __version__ = "0.1.0"
 
@@ -19,11 +28,28 @@ __all__ = [
     "GradientGuidance",
     "KeyedNoise",
     "LinearInterpolant",
+    "Objective",
     "Samples",
     "TimeGrid",
     "ValueEstimate",
     "estimate_value",
+    "load_flow_map",
     "posterior_velocity",
     "refine",
+    "rewards",
     "sample",
+    "semigroup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs more than torch is imported when it is first asked for."""
+    if name == "load_flow_map":
+        from mfm_ray.pretrained import load_flow_map
+
+        return load_flow_map
+    if name == "rewards":
+        import importlib
+
+        return importlib.import_module("mfm_ray.rewards")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from mfm_ray.noise import KeyedNoise, Stream
 from mfm_ray.steering import (
     BestOfN,
     CallCounter,
+    GradientGuidance,
     Guidance,
     GuidedDrift,
     Reward,
@@ -52,6 +53,26 @@ class TimeGrid:
         """num_steps + 1 times. Raises ValueError for num_steps below 1."""
         require_at_least_one(num_steps=num_steps)
         return [self.start + (1 - self.start) * (k / num_steps) ** self.power for k in range(num_steps)] + [1.0]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe: outer steps and times, and whether gradient guidance is rescaled to the norm of the drift."""
+
+    num_steps: int = 50
+    grid: TimeGrid = TimeGrid()
+    rescale: bool = False
+
+    def apply(self, steering: Guidance | BestOfN | None) -> Guidance | BestOfN | None:
+        if self.rescale and isinstance(steering, GradientGuidance):
+            return replace(steering, renormalise="rescale", trust_region=None)
+        return steering
+
+
+PRESETS = {
+    # The paper's cap of (1 - t) / t at 25 changes nothing here: it is one factor a row, which rescaling divides out.
+    "paper": Preset(num_steps=250, grid=TimeGrid(start=0.01, power=1.0), rescale=True),
+}
 
 
 class Dynamics(ABC):
@@ -137,11 +158,12 @@ def sample(
     *,
     num_samples: int,
     steering: Guidance | BestOfN | None = None,
-    num_steps: int = 50,
+    num_steps: int | None = None,
     dynamics: str = "ode",
     seed: int = 0,
     label: int | Tensor | None = None,
     cfg_scale: float | None = None,
+    preset: str | None = None,
     grid: TimeGrid | None = None,
     batch_size: int = 256,
     keep_particles: bool = False,
@@ -154,7 +176,9 @@ def sample(
 
     Args:
         steering: a guidance, BestOfN, or None.
-        num_steps: outer steps K; dynamics: "ode" or "sde"; grid: outer times (default `TimeGrid()`).
+        num_steps: outer steps K (50 unless the preset says otherwise); dynamics: "ode" or "sde"; grid: outer times
+            (default `TimeGrid()`).
+        preset: a name in `PRESETS`: its steps and grid where none are given here, its treatment of gradient guidance.
         label: one class for all, (num_samples,) classes, or None.
         batch_size: rows (images x particles) in flight; memory, not results, depends on it.
         keep_particles: return all particles and their rewards.
@@ -166,9 +190,14 @@ def sample(
     require_at_least_one(num_samples=num_samples, batch_size=batch_size)
     if dynamics not in DYNAMICS:
         raise ValueError(f"dynamics={dynamics!r}: expected one of {', '.join(DYNAMICS)}")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or none")
+    recipe = Preset() if preset is None else PRESETS[preset]
+    steering = recipe.apply(steering)
+    times = (grid or recipe.grid).times(recipe.num_steps if num_steps is None else num_steps)
     labels = _labels(flow_map, label, num_samples)
     particles = steering.num_particles if isinstance(steering, BestOfN) else 1
-    outer = OuterSampler(flow_map, DYNAMICS[dynamics](), (grid or TimeGrid()).times(num_steps), cfg_scale)
+    outer = OuterSampler(flow_map, DYNAMICS[dynamics](), times, cfg_scale)
     calls, device = CallCounter(), _device(flow_map)
     parts = []
     images_at_once = max(1, batch_size // particles)
