@@ -195,7 +195,13 @@ def run_logged(command: list[str | Path], log: Path, doing: str) -> None:
         out.write(f"\n$ {' '.join(map(str, command))}\n")
         out.flush()
         step = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment(),
+            close_fds=False,
         )
         try:
             while True:
@@ -288,6 +294,7 @@ def with_lock(path: Path, body: Callable[[], None]) -> None:
         except BlockingIOError:
             say("another make is setting up .venv, waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)  # by pip and the compiler, should they outlive a killed set-up
         body()
 
 

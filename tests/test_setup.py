@@ -168,6 +168,23 @@ def test_a_second_set_up_waits_for_the_first(tmp_path, capsys):
     assert "waiting" in capsys.readouterr().out
 
 
+def test_a_pip_that_outlives_a_killed_set_up_keeps_the_lock(tmp_path):
+    code = f"""
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("environment", {str(ROOT / "scripts/environment.py")!r})
+environment = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(environment)
+step = [sys.executable, "-c", "import os, time; os.kill(os.getppid(), 9); time.sleep(2)"]
+log = environment.Path("{tmp_path}/log")
+environment.with_lock("{tmp_path}/lock", lambda: environment.run_logged(step, log, "pip"))
+"""
+    killed = subprocess.run([sys.executable, "-c", code])
+    assert killed.returncode == -9
+    started = time.monotonic()
+    environment.with_lock(tmp_path / "lock", lambda: None)
+    assert time.monotonic() - started > 1
+
+
 def test_a_failed_step_shows_the_end_of_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     command = [sys.executable, "-c", "print('no such package'); raise SystemExit(3)"]
