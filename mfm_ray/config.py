@@ -43,10 +43,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    rate: float = setting("share of the training images that are jittered; 0: none", minimum=0, maximum=1)
+    rotation: float = setting("largest turn, radians", minimum=0, below=1)
+    scale: float = setting("largest relative change of size", minimum=0, below=1)
+    shift: float = setting("largest move, in widths of the image", minimum=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: str = setting("optimiser", choices=("radam", "adam", "adamw"))
     learning_rate: float = setting("learning rate after warm-up", above=0, maximum=10)
-    betas: list[float] = setting("decay of the two moments", minimum=0, below=1)
+    betas: list[float] = setting("decay of the two moments", minimum=0, below=1, length=2)
     eps: float = setting("added to the root of the second moment", above=0)
     weight_decay: float = setting("decoupled for adamw and radam, L2 for adam", minimum=0)
 
@@ -72,6 +80,7 @@ class TrainConfig(JobConfig):
 
     experiment: str = setting("recipe that the defaults come from")
     data: DataConfig = setting("training data")
+    augmentation: AugmentationConfig = setting("jitter of training images")
     network: dict[str, Any] = setting("network by name, with its constructor's arguments")
     objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
     max_steps: int = setting("optimiser steps", minimum=1)
@@ -104,7 +113,7 @@ class PrepareDataConfig(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(JobConfig):
-    checkpoint: str | None = setting("checkpoint folder of a training run")
+    checkpoint: str | None = setting("checkpoint folder, or the folder of a training run: its newest")
     output: str | None = setting("folder or URI of the model; null: model/ in the run's own folder")
 
 

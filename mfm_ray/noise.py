@@ -37,6 +37,7 @@ class Stream(IntEnum):
     LABEL = 8  # label dropout
     SPLIT = 9  # the split point of the semigroup objective
     RESAMPLE = 10  # particle resampling
+    AUGMENT = 11  # changes to training images
 
 
 class Noise(Protocol):

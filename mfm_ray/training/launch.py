@@ -103,6 +103,8 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     data = prepare_data(typed, storage, log)
     manifest = read_manifest(data)
     model = model_config(typed, manifest)
+    if typed.augmentation.rate > 0 and manifest.space.kind != "image":
+        raise InputError(f"augmentation.rate={typed.augmentation.rate}: {manifest.name} holds no images, expected 0")
     found = newest_checkpoint(storage)
     if found is not None and not resume:
         raise InputError(f"{storage.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")

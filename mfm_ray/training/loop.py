@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from mfm_ray.config import TrainConfig
+from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.batch import Batch
 from mfm_ray.data.order import SampleOrder
 from mfm_ray.data.shards import load_moments, load_split, read_manifest
+from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
 from mfm_ray.noise import KeyedNoise
@@ -167,9 +169,11 @@ def metric_names(objective: Objective) -> list[str]:
 
 @dataclass
 class TrainingData:
-    """The training split in memory, in model space, and this worker's way through it."""
+    """The training split in memory, in data units, and this worker's way through it."""
 
     x: Tensor
+    space: DataSpace
+    jitter: AffineJitter
     labels: Tensor | None
     sha256: str
     order: SampleOrder
@@ -184,7 +188,9 @@ class TrainingData:
     ) -> TrainingData:
         rows, manifest = load_split(source, "train"), read_manifest(source)
         return cls(
-            x=manifest.space.to_model_space(rows.data),
+            x=rows.data,
+            space=manifest.space,
+            jitter=AffineJitter(**vars(config.augmentation)),
             labels=rows.labels if bool((rows.labels >= 0).any()) else None,
             sha256=manifest.sha256,
             order=SampleOrder(num_rows=len(rows), seed=config.seed, global_batch_size=config.global_batch_size),
@@ -197,15 +203,17 @@ class TrainingData:
     def micro_batches(self, step: int) -> Iterator[tuple[Batch, KeyedNoise]]:
         """This worker's micro-batches of a step, each with its noise.
 
-        Noise is keyed by (seed, row of the global batch, step): the losses of a step do not depend on how many
-        workers and micro-steps share it.
+        Noise is keyed by (seed, row of the global batch, step), that of the jitter too: the losses of a step do not
+        depend on how many workers and micro-steps share it.
         """
         index = self.order.rows(step, self.rank, self.split.num_workers)
         positions = self.order.positions(self.rank, self.split.num_workers)
+        rows = torch.arange(positions.start, positions.stop)
+        images = self.jitter(self.x[index], KeyedNoise.for_rows(self.seed, rows).fold_in(step))
         mine = Batch(
-            data=self.x[index],
+            data=self.space.to_model_space(images),
             label=None if self.labels is None else self.labels[index],
-            rows=torch.arange(positions.start, positions.stop),
+            rows=rows,
         )
         for micro in mine.to(self.device).split(self.split.micro_batch_size):
             yield micro, KeyedNoise.for_rows(self.seed, micro.rows).fold_in(step)
