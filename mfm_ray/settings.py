@@ -21,7 +21,7 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True, kw_only=True)
 class Allowed:
-    """What a setting may be beyond its type. `above` is an open lower bound, `below` an open upper one."""
+    """What a setting may be beyond its type. `above` and `below` are open bounds, `length` that of a list."""
 
     doc: str
     minimum: float | None = None
@@ -29,8 +29,12 @@ class Allowed:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] | None = None
+    length: int | None = None
 
     def admits(self, value: Any) -> bool:
+        if isinstance(value, list | dict):
+            items = value if isinstance(value, list) else list(value.values())
+            return self.length in (None, len(items)) and all(self.admits(item) for item in items)
         if self.choices is not None and value not in self.choices:
             return False
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -111,6 +115,8 @@ def expected(hint: Any, allowed: Allowed) -> str:
         text = f"one of {', '.join(map(str, allowed.choices))}"
     elif allowed.bounds():
         text = f"{text} {allowed.bounds()}"
+    if allowed.length is not None:
+        text = text.replace("a list [...] of", f"a list [...] of {allowed.length}")
     return f"{text}, or null" if type(None) in _members(hint) else text
 
 
@@ -146,8 +152,7 @@ def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
         return from_dict(typing.cast(type, hint), value, prefix=f"{key}.")
     for member in _members(hint):
         fits, converted = _fit(value, member)
-        within = converted if isinstance(converted, list) else [converted]
-        if fits and (converted is None or all(allowed.admits(item) for item in within)):
+        if fits and (converted is None or allowed.admits(converted)):
             return converted
     close = nearest(str(value), map(str, allowed.choices)) if allowed.choices else None
     hint_text = f"; did you mean {close}?" if close else ""
