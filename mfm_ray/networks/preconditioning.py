@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 _FLOOR = 1e-12  # of a variance that vanishes only at s = t = 1
-# Of the data's own variances, as a share of their mean. Images have pixels that almost never vary: taken at their word,
-# the Gaussian is certain of them near t = 1, and the one image that differs costs a thousand times its share of the loss.
+# Of the data's own variances, as a share of their mean. Images have pixels that almost never vary: taken at its word,
+# the Gaussian is certain of them near t = 1, and the one image that differs outweighs a thousand others in the loss.
 _RELATIVE_FLOOR = 3e-3
 
 
