@@ -29,6 +29,7 @@ from mfm_ray.storage import Storage
 FORMAT = "mfm-ray-checkpoint"
 FORMAT_VERSION = 1
 MODEL_FILE = "ema_model.safetensors"
+_MANIFEST = "manifest-rank-"
 
 _DTYPES = {
     torch.float32: "F32",
@@ -65,7 +66,7 @@ class CheckpointState:
 
 
 def manifest_name(rank: int) -> str:
-    return f"manifest-rank-{rank}.json"
+    return f"{_MANIFEST}{rank}.json"
 
 
 def ema_name(rank: int) -> str:
@@ -77,7 +78,7 @@ def write_manifest(directory: Path, *, rank: int, state: CheckpointState) -> Non
     files = {
         path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and not path.name.startswith(_MANIFEST)
     }
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "rank": rank, **asdict(state), "files": files}
     (directory / manifest_name(rank)).write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")

@@ -97,19 +97,20 @@ class MetricsLog:
         """Make what was written so far readable in the run's storage."""
         self._lines.flush()
         self._events.flush()
-        if not self._is_local:
-            for path in self._folder.iterdir():
-                if not path.name.endswith(".part"):
-                    self._run.write_bytes(path.name, path.read_bytes())
+        self._upload()
 
     def close(self) -> None:
-        self._events.close()
         self._lines.close()
+        self._events.close()
+        self._upload()
         if not self._is_local:
-            self._lines = (self._folder / METRICS_FILE).open("a")
-            self.sync()
-            self._lines.close()
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _upload(self) -> None:
+        if self._is_local:
+            return
+        for path in self._folder.iterdir():
+            self._run.write_bytes(path.name, path.read_bytes())
 
 
 def history_until(text: str, step: int) -> str:

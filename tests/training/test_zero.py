@@ -1,0 +1,66 @@
+"""Batch arithmetic, ZeRO settings, schedule: pure functions, no process group."""
+
+import math
+
+import pytest
+import torch
+
+from mfm_ray.training.zero import LearningRate, build_optimizer, split_batch, zero_config
+
+
+def test_the_parts_of_all_workers_and_micro_steps_are_the_global_batch_in_order() -> None:
+    split = split_batch(24, num_workers=3, micro_batch_size=4)
+    assert (split.micro_batch_size, split.accumulation, split.per_worker) == (4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"global_batch_size": 10, "num_workers": 3, "micro_batch_size": None}, "global_batch_size=10.*num_workers=3"),
+        ({"global_batch_size": 12, "num_workers": 2, "micro_batch_size": 4}, "micro_batch_size=4.*6 samples"),
+        ({"global_batch_size": 12, "num_workers": 2, "micro_batch_size": 12}, "micro_batch_size=12"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(sizes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_batch(sizes.pop("global_batch_size"), **sizes)
+
+
+def test_zero_config_states_the_batch_that_deepspeed_checks() -> None:
+    split = split_batch(48, num_workers=2, micro_batch_size=8)
+    config = zero_config(stage=2, offload=False, split=split, gradient_clipping=1.5, cuda=False)
+    assert config["train_batch_size"] == 48
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 48
+    assert config["gradient_clipping"] == 1.5
+    assert config["zero_optimization"]["stage"] == 2
+
+
+def test_only_stage_3_turns_off_the_linear_layer_without_forward_derivative() -> None:
+    split = split_batch(4, num_workers=1, micro_batch_size=None)
+    for stage in range(4):
+        config = zero_config(stage=stage, offload=False, split=split, gradient_clipping=0.0, cuda=True)
+        assert config["zero_optimization"].get("memory_efficient_linear", True) is (stage != 3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "message"), [(4, False, "zero.stage=4"), (0, True, "zero.offload=true needs")]
+)
+def test_impossible_sharding_is_refused(stage: int, offload: bool, message: str) -> None:
+    split = split_batch(4, num_workers=1, micro_batch_size=None)
+    with pytest.raises(ValueError, match=message):
+        zero_config(stage=stage, offload=offload, split=split, gradient_clipping=0.0, cuda=False)
+
+
+def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine_to_zero() -> None:
+    rate = LearningRate(peak=2.0, warmup_steps=4, schedule="cosine", max_steps=12)
+    assert [rate(step) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert rate(4) == 2.0
+    assert math.isclose(rate(8), 1.0)
+    assert math.isclose(rate(12), 0.0, abs_tol=1e-12)
+    assert LearningRate(peak=2.0, warmup_steps=0, schedule="constant", max_steps=12)(11) == 2.0
+
+
+def test_an_unknown_optimiser_is_refused_by_name() -> None:
+    settings = {"name": "sgdd", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+    with pytest.raises(ValueError, match=r"optimizer.name='sgdd'.*radam"):
+        build_optimizer(torch.nn.Linear(2, 2), settings)
