@@ -121,7 +121,7 @@ class ExportConfig(JobConfig):
 class SampleConfig(JobConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
-    num_steps: int = setting("steps of the sampler", minimum=1)
+    num_steps: int | None = setting("steps of the sampler; null: the preset's, or 50", minimum=1)
     dynamics: str = setting("deterministic or stochastic sampler", choices=("ode", "sde"))
     preset: str | None = setting("named recipe of the sampler", choices=("paper",))
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
@@ -135,6 +135,8 @@ class SampleConfig(JobConfig):
 class EvaluateConfig(JobConfig):
     protocol: dict[str, Any] = setting("what is measured, by name, with its settings")
     model: str | None = setting("model directory; null: the protocol's own recipe is trained")
+    data: str | None = setting("prepared data to compare the model with; null: bundled data of its own kind")
+    training: list[str] = setting("words for the training when there is no model, as jobs.train takes them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ class DemoConfig(JobConfig):
     experiment: str = setting("training recipe of the demo's model")
     protocol: dict[str, Any] = setting("what is measured and drawn in the report")
     num_workers: int = setting("training workers", minimum=1)
+    training: list[str] = setting("further words for the training, as jobs.train takes them")
 
 
 ROOTS: dict[str, type[JobConfig]] = {

@@ -1,0 +1,58 @@
+"""Measures a model by a protocol and writes a report; without a model the protocol's own recipe is trained first.
+
+python -m jobs.evaluate protocol=digits model=runs/digits/model
+python -m jobs.evaluate protocol=digits
+"""
+
+import time
+
+from jobs.contract import JobRun, Outcome, run_job
+from mfm_ray.config import EvaluateConfig
+from mfm_ray.errors import InputError
+from mfm_ray.storage import Storage
+
+
+def check(config: EvaluateConfig) -> None:
+    """The protocol's settings fit together, and model and data are there and whole."""
+    from jobs.evaluation import load_parts
+    from jobs.recipe import training_config
+    from jobs.train import check as check_training
+    from mfm_ray.protocols import build_protocol
+
+    protocol = build_protocol(config.protocol)
+    if config.model is None:
+        if config.data is not None:
+            raise InputError("data: belongs to a model; a recipe is trained on its own data (training=[data.path=...])")
+        check_training(training_config(protocol.experiment, config.training, seed=config.seed))
+        return
+    if config.training:
+        raise InputError("training: words for a training, which model= leaves out; expected one of the two")
+    load_parts(Storage(config.model), None if config.data is None else Storage(config.data))
+
+
+def body(run: JobRun) -> Outcome:
+    from jobs.evaluation import command_line, evaluate_model
+    from jobs.recipe import model_of_recipe, training_config
+    from mfm_ray.protocols import build_protocol
+
+    began = time.monotonic()
+    config: EvaluateConfig = run.config
+    protocol, command = build_protocol(config.protocol), command_line("evaluate")
+    if config.model is not None:
+        data = None if config.data is None else Storage(config.data)
+        return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
+    trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
+    return evaluate_model(
+        run,
+        protocol,
+        trained.model,
+        trained.data,
+        command=command,
+        history=trained.history,
+        train_seconds=trained.seconds,
+        began=began,
+    )
+
+
+if __name__ == "__main__":
+    run_job("evaluate", body, check=check)

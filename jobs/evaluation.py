@@ -1,0 +1,74 @@
+"""Runs protocol=digits on a model and writes report, data and figures, for `jobs.evaluate` and `jobs.demo`."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.contract import JobRun, Outcome
+from jobs.provenance import versions
+from mfm_ray.config import flatten, to_dict
+from mfm_ray.protocols.digits import DigitsProtocol
+from mfm_ray.storage import Storage
+
+REPORT, DATA = "report.html", "data.parquet"
+
+
+def evaluate_model(
+    run: JobRun,
+    protocol: DigitsProtocol,
+    model: Storage,
+    data: Storage | None,
+    *,
+    command: str,
+    history: Sequence[Mapping[str, float]] = (),
+    train_seconds: float | None = None,
+    facts: Mapping[str, str] | None = None,
+    began: float,
+) -> Outcome:
+    """The outcome of an evaluation. data: shards, None for bundled data; began: time.monotonic() of the job's start."""
+    from mfm_ray.protocols.digits import Material, evaluate_digits
+    from mfm_ray.protocols.table import evaluation_parquet
+    from mfm_ray.reporting.digits import Provenance, digits_report, headline
+    from mfm_ray.reporting.terminal import evaluation_table
+
+    material = Material(*load_parts(model, data))
+    evaluation = evaluate_digits(protocol, material, seed=run.seed, log=run.log)
+    total = time.monotonic() - began
+    provenance = Provenance(
+        command=command,
+        versions=versions(),
+        settings={key: value for key, value in flatten(to_dict(run.config)).items() if not isinstance(value, dict)},
+        facts=dict(facts or {}),
+        history=history,
+        train_seconds=train_seconds,
+        total_seconds=total,
+    )
+    run.storage.write_bytes(DATA, evaluation_parquet(evaluation, history))
+    run.storage.write_bytes(REPORT, digits_report(evaluation, provenance).encode())
+    run.log("\n".join(["", *evaluation_table(evaluation), "", headline(evaluation)]))
+    run.log(f"report: {run.storage.uri_of(REPORT)}")
+    timing = {} if train_seconds is None else {"train_seconds": train_seconds}
+    return Outcome(
+        metrics={**timing, "total_seconds": time.monotonic() - began, **evaluation.metrics()},
+        artifacts={"report": run.storage.uri_of(REPORT), "data": run.storage.uri_of(DATA), "model": model.uri},
+    )
+
+
+def load_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:
+    """Flow map, judge, training and held-out images; InputError naming what is missing or damaged."""
+    from jobs.prepare_data import make_dataset
+    from mfm_ray.data.shards import load_split
+    from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
+
+    flow_map, classifier = load_flow_map(model), load_classifier(model)
+    if data is not None:
+        return flow_map, classifier, load_split(data, "train"), load_split(data, "heldout")
+    splits = make_dataset(read_model_config(model)["data"]["name"]).splits
+    return flow_map, classifier, splits["train"], splits["heldout"]
+
+
+def command_line(job: str) -> str:
+    """What was typed, to be typed again."""
+    return shlex.join(["python", "-m", f"jobs.{job}", *sys.argv[1:]])

@@ -1,0 +1,20 @@
+"""Evaluations as library code: what `jobs.evaluate protocol=NAME` measures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mfm_ray.errors import InputError
+from mfm_ray.protocols.digits import DigitsProtocol
+from mfm_ray.settings import from_dict
+
+PROTOCOLS = {"digits": DigitsProtocol}
+
+
+def build_protocol(settings: Mapping[str, Any]) -> DigitsProtocol:
+    """The protocol that a mapping {"name": ..., **settings} describes, checked; InputError in one line."""
+    name = settings.get("name")
+    if name not in PROTOCOLS:
+        raise InputError(f"protocol.name={name}: expected one of {', '.join(PROTOCOLS)}")
+    protocol = from_dict(PROTOCOLS[name], settings, prefix="protocol.")
+    protocol.check()
+    return protocol

@@ -1,0 +1,1 @@
+"""Reports: one self-contained HTML file, and tables for a terminal."""

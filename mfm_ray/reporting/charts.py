@@ -1,0 +1,250 @@
+"""Charts as inline SVG whose colours are CSS variables, so that one figure suits light and dark pages and any zoom.
+
+Figures are drawn small (a phone's width) and laid out side by side by the page. Matplotlib draws, without pyplot and
+without global state.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+# Stand-ins that no other colour equals; the page replaces them by its variables.
+COLOURS = {
+    "ink": "#010203",
+    "muted": "#040506",
+    "line": "#070809",
+    "unsteered": "#0a0b0c",
+    "best_of_n": "#0d0e0f",
+    "mfm_g": "#101112",
+    "mfm_gf": "#131415",
+    "accent": "#161718",
+}
+_WIDTH, _HEIGHT = 4.3, 3.1  # inches; a point is 1/72 of one
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mfm-ray",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "text.color": COLOURS["ink"],
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["muted"],
+    "legend.fontsize": 9,
+}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One method in a chart: where it stands, its deviation upwards and downwards, and its name."""
+
+    x: float
+    y: float
+    label: str
+    family: str
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named curve."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str
+    family: str
+    dashed: bool = False
+
+
+def curves(
+    lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log: bool = False, marker: str = ""
+) -> str:
+    """Curves over a common axis; `log` for the y axis."""
+    with _drawing() as (figure, axes):
+        for line in lines:
+            axes.plot(
+                line.x,
+                line.y,
+                color=COLOURS[line.family],
+                label=line.label,
+                linewidth=1.8,
+                linestyle="--" if line.dashed else "-",
+                marker=marker or None,
+                markersize=5,
+            )
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            _thin_log_ticks(axes, [y for line in lines for y in line.y])
+        axes.grid(axis="y")
+        _label(axes, title, x_label, y_label)
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return _svg(figure, title)
+
+
+def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | None = None) -> str:
+    """Mean reward (up is better) against network calls for one image, on a log axis; Best-of-n joined by a line.
+
+    Rewards that are all negative are spread on a log scale of their size. `reference` is drawn as a dashed line.
+    """
+    with _drawing() as (figure, axes):
+        values = [dot.y for dot in dots] + ([] if reference is None else [reference])
+        is_log = max(values) < 0 and min(values) / max(values) > 8
+        if is_log:
+            axes.set_yscale("function", functions=(lambda y: -_log(-y), lambda z: -np.exp(-z)))
+        chain = sorted((dot for dot in dots if dot.family == "best_of_n"), key=lambda dot: dot.x)
+        axes.plot([d.x for d in chain], [d.y for d in chain], color=COLOURS["best_of_n"], linewidth=1.5, zorder=2)
+        for dot in dots:
+            axes.scatter([dot.x], [dot.y], s=_size(dot), color=COLOURS[dot.family], zorder=3, linewidths=0)
+        if reference is not None:
+            axes.axhline(reference, color=COLOURS["muted"], linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xscale("log")
+        low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
+        axes.set_xlim(low / 1.8, high * 6)
+        axes.xaxis.set_major_locator(LogLocator(base=10))
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if is_log:
+            _log_reward_ticks(axes, values)
+        else:
+            span = (max(values) - min(values)) or 1.0
+            axes.set_ylim(min(values) - 0.12 * span, max(values) + 0.12 * span)
+        _name_dots(axes, dots)
+        axes.grid(axis="y")
+        _label(axes, title, "network and reward calls for one image", "mean reward")
+        return _svg(figure, title)
+
+
+def confidence_against_reward(dots: Sequence[Dot], *, title: str) -> str:
+    """Does it still look like a digit? Mean confidence of the judge (y) for each method (x in the order given)."""
+    with _drawing() as (figure, axes):
+        for place, dot in enumerate(reversed(dots)):
+            axes.plot([0, dot.y], [place, place], color=COLOURS["line"], linewidth=1, zorder=1)
+            axes.scatter([dot.y], [place], s=_size(dot), color=COLOURS[dot.family], zorder=3, linewidths=0)
+            axes.annotate(
+                f"{dot.y:.2f}", (dot.y, place), (7, 0), textcoords="offset points", va="center", fontsize=9
+            ).set_color(COLOURS["muted"])
+        axes.set_yticks(range(len(dots)), [dot.label for dot in reversed(dots)])
+        axes.tick_params(axis="y", length=0)
+        low = min(dot.y for dot in dots)
+        axes.set_xlim(max(0.0, min(0.7, low - 0.08)), 1.06)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.spines["left"].set_visible(False)
+        _label(axes, title, "mean confidence of the judge", "")
+        return _svg(figure, title)
+
+
+def grouped_bars(
+    groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[float]]], *, title: str, y_label: str, x_label: str
+) -> str:
+    """Bars for each group (x) and series (label, family, values); the first series is drawn as outlines behind."""
+    with _drawing() as (figure, axes):
+        (label, family, values), *others = series
+        axes.bar(
+            range(len(groups)),
+            values,
+            width=0.86,
+            label=label,
+            facecolor="none",
+            edgecolor=COLOURS[family],
+            linewidth=1.4,
+        )
+        width = 0.7 / max(1, len(others))
+        for place, (label, family, values) in enumerate(others):
+            offset = (place - (len(others) - 1) / 2) * width
+            x = [group + offset for group in range(len(groups))]
+            axes.bar(x, values, width=0.86 * width, label=label, color=COLOURS[family])
+        axes.set_xticks(range(len(groups)), groups)
+        axes.tick_params(axis="x", length=0)
+        axes.legend(loc="best")
+        axes.grid(axis="y")
+        _label(axes, title, x_label, y_label)
+        return _svg(figure, title)
+
+
+@contextmanager
+def _drawing() -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _label(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, pad=10)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+
+
+def _size(dot: Dot) -> float:
+    return 70 if dot.family in ("mfm_g", "mfm_gf") else 42
+
+
+def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
+    for dot in dots:
+        axes.annotate(
+            dot.label, (dot.x, dot.y), (7, -3), textcoords="offset points", ha="left", fontsize=8.5, zorder=4
+        ).set_color(COLOURS[dot.family])
+
+
+def _log_reward_ticks(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    axes.set_ylim(low * 1.8, high / 1.8)
+    ticks = [-step * 10.0**power for power in range(-3, 7) for step in (1, 3)]
+    axes.set_yticks([tick for tick in ticks if low * 1.8 <= tick <= high / 1.8])
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+def _thin_log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    ticks = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
+    axes.set_yticks([tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high])
+
+
+def _plain(value: float, _: object = None) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _log(value: Any) -> Any:
+    return np.log(np.maximum(value, 1e-12))
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{title}" class="chart" ', 1)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name.replace('_', '-')})")
+    return re.sub(r"\n\s*", "\n", text)
