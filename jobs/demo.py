@@ -38,8 +38,8 @@ def body(run: JobRun) -> Outcome:
     say("1 of 2", f"data and training: {config.experiment} on {config.num_workers} workers (Ray Train, DeepSpeed)")
     trained = model_of_recipe(recipe(config), run)
     say("2 of 2", "drawing, steering, measuring")
-    how = f"{trained.config.max_steps:,} steps on {config.num_workers} workers, Ray Train and DeepSpeed"
-    facts = {"training": f"for {how}"}
+    workers = f"{config.num_workers} worker{'s' if config.num_workers > 1 else ''}"
+    facts = {"training": f"on {workers}, {trained.config.max_steps:,} steps with Ray Train and DeepSpeed"}
     if trained.reused:
         facts["model"] = "taken from an earlier run of the same recipe and data, so nothing was trained this time"
     outcome = evaluate_model(

@@ -166,8 +166,7 @@ def score_best_of(problem: Problem, pool: Pool, n: int, *, shown: int) -> Method
     rewards = pool_rewards(problem, pool)
     chance = metrics.best_of_n_probabilities(rewards, n)
     moments = metrics.weighted_moments(rewards, chance)
-    groups = min(shown, len(pool) // n)
-    winners = rewards[:, : groups * n].unflatten(1, (groups, n)).argmax(2) + n * torch.arange(groups)
+    winners = _winners(rewards, n, shown)
     confidence = metrics.class_confidence(pool.probabilities).double()
     return MethodScore(
         method=best_of(n),
@@ -236,6 +235,15 @@ def guidances(num_draws: Sequence[int], num_draws_gradient_free: int) -> dict[Me
     }
     steered[gradient_free(num_draws_gradient_free)] = partial(GradientFreeGuidance, num_draws=num_draws_gradient_free)
     return steered
+
+
+def _winners(rewards: Tensor, n: int, shown: int) -> Tensor:
+    """Pool members that win disjoint groups of n, (T, at most `shown`); each target begins with another group."""
+    targets, size = rewards.shape
+    groups = size // n
+    best = rewards[:, : groups * n].unflatten(1, (groups, n)).argmax(2) + n * torch.arange(groups)
+    turn = (torch.arange(groups) + torch.arange(targets).unsqueeze(1)) % groups
+    return best.gather(1, turn)[:, :shown]
 
 
 def _score_samples(method: Method, drawn: Samples, judge: Judge, count: int, shown: int) -> MethodScore:

@@ -79,12 +79,13 @@ def symmetry_problem() -> Problem:
 def brightness_problem(train: Split) -> Problem:
     mean, std = _brightness(train)
     target = mean + _BRIGHTER * std
+    brightest = float(train.data.flatten(1).mean(1).max())
     return _single(
         TargetBrightness(target=target, scale=_BRIGHTNESS_SCALE * std),
         title="Far too bright",
         explanation=(
             f"The mean pixel should be {target:.2f} ± {_BRIGHTNESS_SCALE * std:.2f}. That is {_BRIGHTER:g} standard "
-            f"deviations above the training digits ({mean:.2f} ± {std:.2f}), further than any of them goes."
+            f"deviations above the training digits ({mean:.2f} ± {std:.2f}); the brightest of them has {brightest:.2f}."
         ),
     )
 

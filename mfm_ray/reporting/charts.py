@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import transforms as mtransforms
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -30,6 +31,7 @@ COLOURS = {
     "mfm_gf": "#131415",
     "accent": "#161718",
 }
+_POINTS_A_LETTER = 4.7  # of a name at 8.5 points
 _WIDTH, _HEIGHT = 4.3, 3.1  # inches; a point is 1/72 of one
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -206,10 +208,33 @@ def _size(dot: Dot) -> float:
 
 
 def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
-    for dot in dots:
-        axes.annotate(
-            dot.label, (dot.x, dot.y), (7, -3), textcoords="offset points", ha="left", fontsize=8.5, zorder=4
-        ).set_color(COLOURS[dot.family])
+    """A name beside each dot, where it hides neither dots nor names already written (greedy, in points)."""
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.draw_without_rendering()  # type: ignore[union-attr]  # the layout is known from here on
+    points = [axes.transData.transform((dot.x, dot.y)) * 72 / figure.dpi for dot in dots]
+    frame = axes.get_window_extent().transformed(mtransforms.Affine2D().scale(72 / figure.dpi))
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for dot, (x, y) in zip(dots, points, strict=True):
+        wide = _POINTS_A_LETTER * len(dot.label)
+        places = [(x + 8, y - 4), (x - 8 - wide, y - 4), (x - wide / 2, y + 7), (x - wide / 2, y - 15)]
+        places += [(x + 8, y + 6), (x + 8, y - 14), (x - 8 - wide, y + 6), (x - 8 - wide, y - 14)]
+        boxes = [(left, low, left + wide, low + 9) for left, low in places]
+        cost = [
+            sum(_overlap(box, other) for other in taken)
+            + 1000 * (box[0] < frame.x0 or box[2] > frame.x1 + 4 or box[1] < frame.y0 or box[3] > frame.y1)
+            for box in boxes
+        ]
+        best = cost.index(min(cost))
+        taken.append(boxes[best])
+        offset = (places[best][0] - x, places[best][1] - y)
+        note = axes.annotate(dot.label, (dot.x, dot.y), offset, textcoords="offset points", fontsize=8.5, zorder=4)
+        note.set_color(COLOURS[dot.family])
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """Area that two boxes (left, low, right, high) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _log_reward_ticks(axes: Axes, values: Sequence[float]) -> None:

@@ -70,11 +70,16 @@ def _opening(evaluation: DigitsEvaluation, provenance: Provenance) -> Iterator[s
     if evaluation.gaps:
         ratio = figures["posterior_sw2_ratio"]
         items.append(
-            (f"{ratio:.2f}×", "distance of one-step draws to a fine ODE, over what two sets of ODE draws have")
+            (f"{ratio:.2f}×", "the floor: distance of one-step draws to a fine ODE's, where 1 is as near as its own")
         )
     if provenance.train_seconds is not None:
-        items.append((duration(provenance.train_seconds), provenance.facts.get("training", "of training")))
+        items.append((_clock(provenance.train_seconds), f"of training {provenance.facts.get('training', '')}".strip()))
     yield page.cards(items)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min"
 
 
 def _training(provenance: Provenance) -> Iterator[str]:

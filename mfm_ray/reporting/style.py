@@ -26,14 +26,14 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   overflow-x: auto; font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 30px 0 10px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 15px 17px 14px; }
-.card b { display: block; font-size: 1.75rem; line-height: 1.15; letter-spacing: -.02em;
+.card b { display: block; font-size: 1.75rem; white-space: nowrap; line-height: 1.15; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .card span { color: var(--muted); font-size: .86rem; line-height: 1.4; display: block; margin-top: 5px; }
 figure { margin: 22px 0 6px; }
 figcaption { color: var(--muted); font-size: .9rem; line-height: 1.5; max-width: 74ch; margin-top: 12px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 22px 26px;
   margin: 22px 0 6px; }
-.charts.single { max-width: 560px; }
+.charts.single { max-width: 440px; }
 .chart { width: 100%; height: auto; display: block; }
 .chart text { font-family: inherit !important; }
 .strip { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 4px; }
