@@ -1,7 +1,7 @@
 """The main job, end to end on real data: train on Ray, draw, steer, compare with Best-of-N, write one report.
 
 python -m jobs.demo
-python -m jobs.demo name=quick training=[max_steps=500]
+python -m jobs.demo name=quick +training.max_steps=500
 """
 
 import time
@@ -14,8 +14,9 @@ from mfm_ray.config import DemoConfig, TrainConfig
 def recipe(config: DemoConfig) -> TrainConfig:
     from jobs.recipe import training_config
 
-    words = [f"scaling.num_workers={config.num_workers}", *config.training]
-    return training_config(config.experiment, words, seed=config.seed)
+    return training_config(
+        config.experiment, config.training, seed=config.seed, scaling__num_workers=config.num_workers
+    )
 
 
 def check(config: DemoConfig) -> None:

@@ -22,11 +22,13 @@ def check(config: EvaluateConfig) -> None:
     protocol = build_protocol(config.protocol)
     if config.model is None:
         if config.data is not None:
-            raise InputError("data: belongs to a model; a recipe is trained on its own data (training=[data.path=...])")
+            raise InputError("data: belongs to a model; a recipe is trained on its own data (+training.data.path=...)")
         check_training(training_config(protocol.experiment, config.training, seed=config.seed))
         return
     if config.training:
-        raise InputError("training: words for a training, which model= leaves out; expected one of the two")
+        raise InputError(
+            f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
+        )
     load_parts(Storage(config.model), None if config.data is None else Storage(config.data))
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.cluster import ray_cluster
 from jobs.contract import JobRun
-from mfm_ray.config import TrainConfig, load_config, to_dict
+from mfm_ray.config import TrainConfig, flatten, load_config, to_dict
 from mfm_ray.errors import InputError
+from mfm_ray.settings import shown
 from mfm_ray.storage import Storage
 
 TRAINING = "training.json"
@@ -31,12 +32,21 @@ class TrainedModel:
     config: TrainConfig
 
 
-def training_config(experiment: str, words: Sequence[str], *, seed: int) -> TrainConfig:
-    """The recipe with words as `jobs.train` takes them; InputError naming what is wrong with them."""
-    taken = {word.partition("=")[0] for word in words} & {"experiment", "seed", *_PLACE_KEYS}
-    if taken:
-        raise InputError(f"training: {sorted(taken)[0]} is decided by the job itself")
-    config = load_config("train", [f"experiment={experiment}", f"seed={seed}", *words])
+def training_config(experiment: str, training: Mapping[str, Any], *, seed: int, **fixed: Any) -> TrainConfig:
+    """The recipe with further keys of `jobs.train`, nested or dotted; `fixed` ones are the calling job's own.
+
+    Raises:
+        InputError: a key or value that jobs.train does not take, or that the calling job decides itself.
+    """
+    given = {key: value for key, value in flatten(training).items() if not isinstance(value, Mapping)}
+    own = {"experiment": experiment, "seed": seed, **{key.replace("__", "."): value for key, value in fixed.items()}}
+    for key in given:
+        if key in own or key in _PLACE_KEYS:
+            raise InputError(f"training.{key}: is decided by the job itself")
+    try:
+        config = load_config("train", [f"{key}={shown(value)}" for key, value in (own | given).items()])
+    except InputError as error:
+        raise InputError(f"training: {error}") from error
     assert isinstance(config, TrainConfig)
     return config
 

@@ -136,7 +136,7 @@ class EvaluateConfig(JobConfig):
     protocol: dict[str, Any] = setting("what is measured, by name, with its settings")
     model: str | None = setting("model directory; null: the protocol's own recipe is trained")
     data: str | None = setting("prepared data to compare the model with; null: bundled data of its own kind")
-    training: list[str] = setting("words for the training when there is no model, as jobs.train takes them")
+    training: dict[str, Any] = setting("keys of jobs.train when there is no model: +training.max_steps=500")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class DemoConfig(JobConfig):
     experiment: str = setting("training recipe of the demo's model")
     protocol: dict[str, Any] = setting("what is measured and drawn in the report")
     num_workers: int = setting("training workers", minimum=1)
-    training: list[str] = setting("further words for the training, as jobs.train takes them")
+    training: dict[str, Any] = setting("keys of jobs.train beside the recipe's: +training.max_steps=500")
 
 
 ROOTS: dict[str, type[JobConfig]] = {
@@ -158,8 +158,8 @@ ROOTS: dict[str, type[JobConfig]] = {
 
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first four, and the resources of a worker are named by the cluster.
-ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker")
+# the first four, the resources of a worker are named by the cluster, and `training` holds keys of another root.
+ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
