@@ -195,6 +195,7 @@ def score_guidance(
     *,
     samples_per_target: int,
     num_steps: int,
+    dynamics: str,
     seed: int,
     shown: int,
 ) -> MethodScore:
@@ -205,7 +206,13 @@ def score_guidance(
     # the sampler pads other batches, and rows would no longer fall to their targets
     assert rows % ROW_MULTIPLE == 0, "samples_per_target is a multiple of 4"
     drawn = sample(
-        flow_map, num_samples=rows, steering=guidance(reward), num_steps=num_steps, seed=seed, batch_size=rows
+        flow_map,
+        num_samples=rows,
+        steering=guidance(reward),
+        num_steps=num_steps,
+        dynamics=dynamics,
+        seed=seed,
+        batch_size=rows,
     )
     return _score_samples(method, drawn, judge, count, shown)
 

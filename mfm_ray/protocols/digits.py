@@ -41,6 +41,7 @@ class DigitsProtocol:
     experiment: str = setting("recipe that is trained when no model is given")
     num_targets: int = setting("held-out digits whose upper half is observed", minimum=1)
     num_steps: int = setting("steps of every sampler that is compared", minimum=1)
+    dynamics: str = setting("of the steered samplers; the pool of Best-of-n is made by the ODE", choices=("ode", "sde"))
     samples_per_target: int = setting("steered samples of each held-out digit; a multiple of 4", minimum=4)
     samples_per_reward: int = setting("steered samples for each other reward; a multiple of 4", minimum=4)
     num_draws: list[int] = setting("posterior draws a step of MFM-G, each compared; 1 is always among them", minimum=1)
@@ -184,6 +185,7 @@ def _studies(protocol: DigitsProtocol, material: Material, rows: Tensor, work: W
                         judge,
                         samples_per_target=per_target,
                         num_steps=steps,
+                        dynamics=protocol.dynamics,
                         seed=seed + _STEERING_SEED,
                         shown=SHOWN,
                     )
