@@ -45,9 +45,9 @@ class GaussianPreconditioner(nn.Module):
     with no division by u - s or 1 - s.
 
     Args:
-        mean: (D,); variances: (D,), at least 0, raised to a millionth of their mean: where the data never vary (a pixel
-            that is always black) the velocity would be singular at s = 1; basis: (D, D) orthogonal, columns are
-            principal directions.
+        mean: (D,); variances: (D,), at least 0, raised to `_RELATIVE_FLOOR` of their mean: where the data never vary (a
+            pixel that is always black) the velocity would be singular at s = 1 as well; basis: (D, D) orthogonal,
+            columns are principal directions.
     """
 
     mean: Tensor
