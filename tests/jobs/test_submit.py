@@ -1,4 +1,4 @@
-"""`ray job submit` as the README shows it: a head with Ray's default token authentication, and a training sent to it."""
+"""`ray job submit` as the README shows it: a head with Ray's default token authentication, a training sent to it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_rewards_side_by_side_reach_their_own_rows():
 def test_steering_moves_each_target_to_its_side_with_the_paper_s_call_count(flow_map):
     method, guidance = next(iter(comparison.guidances([1], 4).items()))
     score = comparison.score_guidance(
-        PROBLEM, method, guidance, flow_map, judge, samples_per_target=8, num_steps=10, seed=1, shown=3
+        PROBLEM, method, guidance, flow_map, judge, samples_per_target=8, num_steps=10, dynamics="sde", seed=1, shown=3
     )
     assert method.key == "mfm_g"
     assert score.nfe == 10 + 4 * 10  # K + 4 N K
@@ -72,7 +72,16 @@ def test_the_tilted_law_says_how_much_of_the_pool_counts(pool):
 def test_wins_count_targets(flow_map, pool):
     steered = [
         comparison.score_guidance(
-            PROBLEM, method, guidance, flow_map, judge, samples_per_target=4, num_steps=5, seed=1, shown=1
+            PROBLEM,
+            method,
+            guidance,
+            flow_map,
+            judge,
+            samples_per_target=4,
+            num_steps=5,
+            dynamics="ode",
+            seed=1,
+            shown=1,
         )
         for method, guidance in comparison.guidances([1], 2).items()
     ]
