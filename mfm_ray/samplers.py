@@ -348,6 +348,7 @@ def _refine_rows(
     return x
 
 
+@torch.no_grad()
 def diagonal_posterior_draws(
     flow_map: FlowMap,
     x_t: Tensor,
@@ -355,21 +356,28 @@ def diagonal_posterior_draws(
     *,
     num_draws: int,
     generator: KeyedNoise,
-    num_steps: int = 100,
+    num_steps: int = 16,
     label: Tensor | None = None,
     cfg_scale: float | None = None,
 ) -> Tensor:
-    """Posterior draws by Euler integration of the inner velocity v_{s,s}, (B, num_draws, *event).
+    """Posterior draws by the midpoint rule along the inner velocity v_{s,s}, (B, num_draws, *event).
 
-    The many-call reference that one-step draws are measured against; shares their inner noise at an equal generator.
+    The many-call reference that one-step draws are measured against, two calls a step; shares their inner noise at an
+    equal generator. Second order: on digits 8 steps are as close to the limit as 64 steps of Euler's rule, a fifth to
+    a third of what two sets of 1,024 of its draws differ by.
     """
     x = generator.fold_in(Stream.DRAW).spread(num_draws).normal(*flow_map.event_shape).to(x_t).flatten(0, 1)
     times, states = t.repeat_interleave(num_draws), x_t.repeat_interleave(num_draws, dim=0)
     labels = None if label is None else label.repeat_interleave(num_draws)
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        s = torch.full_like(times, time)
+        return flow_map.velocity(x, s, s, t=times, x_t=states, label=labels, cfg_scale=cfg_scale)
+
+    h = 1 / num_steps
     for step in range(num_steps):
-        s = torch.full_like(times, step / num_steps)
-        with torch.no_grad():
-            x = x + flow_map.velocity(x, s, s, t=times, x_t=states, label=labels, cfg_scale=cfg_scale) / num_steps
+        middle = x + h / 2 * velocity(x, step * h)
+        x = x + h * velocity(middle, (step + 0.5) * h)
     return x.unflatten(0, (x_t.shape[0], num_draws))
 
 

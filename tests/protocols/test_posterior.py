@@ -3,9 +3,7 @@
 import torch
 
 from mfm_ray.networks.gaussian import GaussianMixtureFlowMap, isotropic_mixture
-from mfm_ray.noise import KeyedNoise
-from mfm_ray.protocols.posterior import noisy_contexts, num_calls, ode_draws, posterior_gap
-from mfm_ray.samplers import diagonal_posterior_draws
+from mfm_ray.protocols.posterior import noisy_contexts, num_calls, posterior_gap
 
 
 def exact_map():
@@ -22,12 +20,3 @@ def test_draws_of_an_exact_map_are_at_the_floor_and_their_mean_is_not():
     assert 0.6 < gap.ratio < 1.6
     assert float(gap.mean.sum()) > 3 * float(gap.floor.sum())
     assert sum(done) == num_calls(num_contexts=4, num_draws=512, ode_steps=8)
-
-
-def test_the_midpoint_rule_is_nearer_to_the_limit_than_euler_at_equal_calls():
-    flow_map, noise = exact_map(), KeyedNoise.for_images(0, 2)
-    contexts = noisy_contexts(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), 0.3, flow_map.space, seed=0)
-    fine = ode_draws(flow_map, contexts.x_t, contexts.t, num_draws=64, noise=noise, num_steps=200)
-    midpoint = ode_draws(flow_map, contexts.x_t, contexts.t, num_draws=64, noise=noise, num_steps=8)
-    euler = diagonal_posterior_draws(flow_map, contexts.x_t, contexts.t, num_draws=64, generator=noise, num_steps=16)
-    assert (midpoint - fine).norm() < 0.5 * (euler - fine).norm()
