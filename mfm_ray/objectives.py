@@ -154,13 +154,17 @@ class Weighting(ABC):
 
 
 class VarianceWeighting(Weighting):
-    """Squared error over the Gaussian target variance: every time contributes in units of its own noise.
+    """scale times squared error over the Gaussian target variance: every time contributes in units of its own noise.
 
     A weight that depends on (s, t) alone leaves the conditional mean the minimiser.
     """
 
+    def __init__(self, *, scale: float = 1.0) -> None:
+        _require(scale > 0, "scale", scale, "a number above 0")
+        self.scale = scale
+
     def __call__(self, squared_error: Tensor, *, variance: Tensor) -> Tensor:
-        return squared_error / variance
+        return self.scale * squared_error / variance
 
 
 class AdaptiveWeighting(Weighting):
@@ -243,13 +247,21 @@ def target_variance(flow_map: FlowMap, s: Tensor, t: Tensor) -> Tensor:
 
 
 def semigroup(
-    *, label_dropout: float = 0.5, time_power: float = 1.0, time_zero_rate: float = 0.1, max_time: float = 0.999
+    *,
+    consistency_scale: float = 5.0,
+    label_dropout: float = 0.5,
+    time_power: float = 1.0,
+    time_zero_rate: float = 0.1,
+    max_time: float = 0.999,
 ) -> Objective:
     """Diagonal matching from data plus the semigroup condition: trains a meta flow map with no teacher.
 
+    consistency_scale: weight of the semigroup term against the diagonal one. On digits 5 makes one-step draws sharper
+    than 1 does; a weight that grows as the error falls keeps the map at its Gaussian start, which is consistent too.
     label_dropout as in `Objective`; time_power, time_zero_rate and max_time as in `ConditioningTimes`.
     """
-    terms = [(DiagonalTerm(), VarianceWeighting()), (SemigroupTerm(), VarianceWeighting())]
+    consistency = VarianceWeighting(scale=consistency_scale)
+    terms = [(DiagonalTerm(), VarianceWeighting()), (SemigroupTerm(), consistency)]
     times = ConditioningTimes(power=time_power, zero_rate=time_zero_rate, max_time=max_time)
     return Objective(terms, times=times, label_dropout=label_dropout)
 
