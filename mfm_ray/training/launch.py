@@ -27,9 +27,10 @@ from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
 from mfm_ray.training.comm_op import check_comm_op
 from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
-from mfm_ray.training.loop import Plan, train_worker
+from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
 from mfm_ray.training.progress import ProgressDisplay
+from mfm_ray.training.session import Plan
 
 CHECKPOINTS = "checkpoints"
 _BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
@@ -68,14 +69,8 @@ class Found:
 def check_config(config: TrainConfig) -> None:
     """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
     workers = num_workers(config)
-    split = zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
-    zero.zero_config(
-        stage=config.zero.stage,
-        offload=config.zero.offload,
-        split=split,
-        gradient_clipping=config.gradient_clipping,
-        cuda=False,
-    )
+    zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
+    zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     build_objective(config.objective)
     if config.data.path is None and config.data.name not in _BUNDLED:
         raise InputError(

@@ -23,7 +23,7 @@ TAG = "deepspeed"  # the folder of the engine's own files inside a checkpoint
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 _FUSED = ("adam", "adamw")  # one pass over the shard instead of eight, on CPU and CUDA
-_BUCKET = 200_000_000  # elements in one collective
+_LARGEST_BUCKET = 200_000_000  # elements in one collective
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,31 @@ def split_batch(global_batch_size: int, *, num_workers: int, micro_batch_size: i
     return BatchSplit(micro_batch_size=micro, accumulation=per_worker // micro, num_workers=num_workers)
 
 
+def check_sharding(*, stage: int, offload: bool) -> None:
+    """ValueError for a stage that does not exist, and for offload without sharding."""
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero.stage={stage}: expected 0, 1, 2 or 3")
+    if offload and stage == 0:
+        raise ValueError("zero.offload=true needs zero.stage=1, 2 or 3, got zero.stage=0")
+
+
 def zero_config(
-    *, stage: int, offload: bool, split: BatchSplit, gradient_clipping: float, cuda: bool
+    *, stage: int, offload: bool, split: BatchSplit, gradient_clipping: float, num_parameters: int, cuda: bool
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of one run.
 
     Stage 0 replicates everything, 1 shards the optimiser state, 2 also the gradients, 3 also the parameters.
     `offload` keeps the optimiser state in host memory (stages 1 to 3). `gradient_clipping` is the largest global
-    norm, 0 for no clipping. Raises ValueError for another stage and for offload without sharding.
+    norm, 0 for no clipping. Raises ValueError as `check_sharding` does.
     """
-    if stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero.stage={stage}: expected 0, 1, 2 or 3")
-    if offload and stage == 0:
-        raise ValueError("zero.offload=true needs zero.stage=1, 2 or 3, got zero.stage=0")
+    check_sharding(stage=stage, offload=offload)
+    # DeepSpeed allocates a whole bucket in every step, however small the model
+    bucket = min(_LARGEST_BUCKET, num_parameters)
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         # gloo has no stream to hide a collective behind, so overlap only costs copies there
         "overlap_comm": cuda and stage > 0,
     }

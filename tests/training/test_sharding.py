@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,10 @@ from mfm_ray.objectives import build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointError, read_checkpoint_model, read_state, verify_rank
-from mfm_ray.training.loop import (
-    Plan,
-    Training,
-    TrainingData,
-    build_flow_map,
-    read_checkpoint,
-    set_up,
-    training_step,
-    write_checkpoint,
-)
+from mfm_ray.training.loop import training_step
 from mfm_ray.training.loss_module import LossModule
+from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
+from mfm_ray.training.session import Plan, Training, TrainingData, build_flow_map, set_up
 from mfm_ray.training.zero import LearningRate, split_batch
 
 STEPS, RESUME_AT = 4, 2
@@ -134,12 +126,13 @@ def run_interrupted(plan: Plan, folder: Path, rank: int) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, world_size: int, port: int, folder: str) -> None:
+def worker(rank: int, world_size: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in address.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo")
+    # a file, because a free port found here may be taken before the group listens on it
+    store = f"file://{folder}/store-{world_size}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     for stage, _, accumulation in (case for case in CASES if case[1] == world_size):
         result = run_case(stage, world_size, accumulation, Path(folder), rank)
         torch.save(result, Path(folder) / f"{stage}-{world_size}-{accumulation}-rank-{rank}.pt")
@@ -150,20 +143,11 @@ def worker(rank: int, world_size: int, port: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("sharding")
     write_data(place)
-    groups = [
-        torch.multiprocessing.spawn(worker, (size, free_port(), str(place)), nprocs=size, join=False)
-        for size in WORLD_SIZES
-    ]
+    groups = [torch.multiprocessing.spawn(worker, (size, str(place)), nprocs=size, join=False) for size in WORLD_SIZES]
     for group in groups:
         while not group.join():
             pass
     return place
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def result_of(folder: Path, stage: int, world_size: int, accumulation: int = 1, rank: int = 0) -> dict[str, Any]:

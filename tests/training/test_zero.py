@@ -28,17 +28,20 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(sizes: dict, m
 
 def test_zero_config_states_the_batch_that_deepspeed_checks() -> None:
     split = split_batch(48, num_workers=2, micro_batch_size=8)
-    config = zero_config(stage=2, offload=False, split=split, gradient_clipping=1.5, cuda=False)
+    config = zero_config(stage=2, offload=False, split=split, gradient_clipping=1.5, num_parameters=99, cuda=False)
     assert config["train_batch_size"] == 48
     assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 48
     assert config["gradient_clipping"] == 1.5
     assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 99
 
 
 def test_only_stage_3_turns_off_the_linear_layer_without_forward_derivative() -> None:
     split = split_batch(4, num_workers=1, micro_batch_size=None)
     for stage in range(4):
-        config = zero_config(stage=stage, offload=False, split=split, gradient_clipping=0.0, cuda=True)
+        config = zero_config(
+            stage=stage, offload=False, split=split, gradient_clipping=0.0, num_parameters=99, cuda=True
+        )
         assert config["zero_optimization"].get("memory_efficient_linear", True) is (stage != 3)
 
 
@@ -48,7 +51,7 @@ def test_only_stage_3_turns_off_the_linear_layer_without_forward_derivative() ->
 def test_impossible_sharding_is_refused(stage: int, offload: bool, message: str) -> None:
     split = split_batch(4, num_workers=1, micro_batch_size=None)
     with pytest.raises(ValueError, match=message):
-        zero_config(stage=stage, offload=offload, split=split, gradient_clipping=0.0, cuda=False)
+        zero_config(stage=stage, offload=offload, split=split, gradient_clipping=0.0, num_parameters=99, cuda=False)
 
 
 def test_learning_rate_rises_linearly_and_falls_as_half_a_cosine_to_zero() -> None:

@@ -1,0 +1,131 @@
+"""What leaves a worker while it trains: metrics, progress, sample grids, checkpoints; and the way back in."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import ray.train
+import torch
+
+from mfm_ray.storage import Storage
+from mfm_ray.training import checkpoint
+from mfm_ray.training.metrics_log import MetricsLog
+from mfm_ray.training.progress import ProgressState
+from mfm_ray.training.sample_grid import write_sample_grid
+from mfm_ray.training.session import Training, build_flow_map
+
+
+class Recorder:
+    """What leaves the worker: metrics, progress, sample grids, checkpoints. All methods are collective."""
+
+    def __init__(self, training: Training, start: int) -> None:
+        self._training = training
+        self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
+        self._last_step = start
+        self._interval_began = time.monotonic()
+        self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
+
+    def record(self, done: int) -> None:
+        """Average the figures since the last call; write a line of history."""
+        training = self._training
+        means = training.window.flush()
+        interval, steps = time.monotonic() - self._interval_began, done - self._last_step
+        numbers = {
+            **means,
+            "learning_rate": training.learning_rate(done - 1),
+            "images_per_second": steps * training.config.global_batch_size / interval,
+            "data_seconds": training.data_seconds,
+            "seconds": training.seconds,
+        }
+        training.data_seconds = 0.0
+        self.figures = {"step": done, **numbers}
+        if self._log is not None:
+            self._log.write(done, numbers)
+            self._tell_progress(done, numbers, steps / interval)
+        self._begin_interval(done)
+
+    def draw_samples(self, done: int) -> None:
+        """A picture of samples of the averaged model; rank 0 draws, all take part in gathering the weights."""
+        training = self._training
+        weights = {}
+        for name, tensor in training.ema.full_tensors(training.flow_map):
+            if training.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        if training.rank == 0:
+            model = build_flow_map(training.plan, training.config)
+            model.load_state_dict(weights)
+            write_sample_grid(training.plan.run, done, model.to(training.engine.device), seed=training.config.seed)
+        self._begin_interval(done)
+
+    def save_checkpoint(self, done: int) -> None:
+        with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:
+            write_checkpoint(self._training, Path(folder), done=done, figures=self.figures)
+            if self._log is not None:
+                self._log.sync()
+            ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self._begin_interval(done)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def _tell_progress(self, done: int, numbers: dict[str, float], steps_per_second: float) -> None:
+        if self._training.plan.progress is not None:
+            state = ProgressState(
+                step=done,
+                max_steps=self._training.config.max_steps,
+                loss=numbers["loss"],
+                images_per_second=numbers["images_per_second"],
+                steps_per_second=steps_per_second,
+            )
+            self._training.plan.progress.tell.remote(state)
+
+    def _begin_interval(self, done: int) -> None:
+        self._last_step, self._interval_began = done, time.monotonic()
+
+
+def write_checkpoint(training: Training, directory: Path, *, done: int, figures: dict[str, float]) -> None:
+    """Put this rank's part of a checkpoint into an empty folder of its own. Collective."""
+    rank = training.rank
+    training.engine.save(directory)
+    training.ema.save(directory / checkpoint.ema_name(rank))
+    model_file = directory / checkpoint.MODEL_FILE if rank == 0 else None
+    checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map))
+    state = checkpoint.CheckpointState(
+        step=done,
+        seconds=training.seconds,
+        world_size=training.split.num_workers,
+        stage=training.engine.stage,
+        config=training.plan.config,
+        model=training.plan.model,
+        data_sha256=training.data.sha256,
+        figures=figures,
+    )
+    checkpoint.write_manifest(directory, rank=rank, state=state)
+
+
+def read_checkpoint(training: Training, directory: Path) -> int:
+    """Take weights, optimiser state and average from the ranks' merged folder; the steps that are done. Collective."""
+    verify_on_all_ranks(directory, training.rank)
+    state = checkpoint.read_state(Storage(directory))
+    training.engine.load(directory)
+    training.ema.load(directory / checkpoint.ema_name(training.rank))
+    training.seconds_before, training.started = state.seconds, time.monotonic()
+    return state.step
+
+
+def verify_on_all_ranks(directory: Path, rank: int) -> None:
+    """Check the hashes of what this rank is about to unpickle; when any rank finds damage, all raise. Collective."""
+    error: str | None = None
+    try:
+        for writer in sorted({0, rank}):
+            checkpoint.verify_rank(directory, writer)
+    except checkpoint.CheckpointError as found:
+        error = str(found)
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    first = next((text for text in errors if text is not None), None)
+    if first is not None:
+        raise checkpoint.CheckpointError(first)
