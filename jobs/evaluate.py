@@ -21,15 +21,17 @@ def check(config: EvaluateConfig) -> None:
 
     protocol = build_protocol(config.protocol)
     if config.model is None:
-        if config.data is not None:
-            raise InputError("data: belongs to a model; a recipe is trained on its own data (+training.data.path=...)")
+        if config.data_path is not None:
+            raise InputError(
+                "data_path: belongs to a model; a recipe is trained on its own data (+training.data.path=...)"
+            )
         check_training(training_config(protocol.experiment, config.training, seed=config.seed))
         return
     if config.training:
         raise InputError(
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
-    load_parts(Storage(config.model), None if config.data is None else Storage(config.data))
+    load_parts(Storage(config.model), None if config.data_path is None else Storage(config.data_path))
 
 
 def body(run: JobRun) -> Outcome:
@@ -41,7 +43,7 @@ def body(run: JobRun) -> Outcome:
     config: EvaluateConfig = run.config
     protocol, command = build_protocol(config.protocol), command_line("evaluate")
     if config.model is not None:
-        data = None if config.data is None else Storage(config.data)
+        data = None if config.data_path is None else Storage(config.data_path)
         return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
     trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
     return evaluate_model(

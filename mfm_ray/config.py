@@ -135,7 +135,7 @@ class SampleConfig(JobConfig):
 class EvaluateConfig(JobConfig):
     protocol: dict[str, Any] = setting("what is measured, by name, with its settings")
     model: str | None = setting("model directory; null: the protocol's own recipe is trained")
-    data: str | None = setting("prepared data to compare the model with; null: bundled data of its own kind")
+    data_path: str | None = setting("prepared data to compare the model with; null: bundled data of its own kind")
     training: dict[str, Any] = setting("keys of jobs.train when there is no model: +training.max_steps=500")
 
 

@@ -130,6 +130,10 @@ class Study:
     def __getitem__(self, key: str) -> MethodScore:
         return next(score for score in self.scores if score.method.key == key)
 
+    def class_distance(self, key: str) -> float:
+        """Total variation between a method's class frequencies and those of the tilted law, 0 to 1."""
+        return metrics.total_variation(self[key].frequencies, self.tilted.frequencies)
+
     def wins(self, *, over: str) -> int:
         """Targets on which MFM-G with one draw has the higher mean reward."""
         return int((self[SINGLE_DRAW].reward_mean > self[over].reward_mean).sum())

@@ -266,6 +266,9 @@ def _study_metrics(study: Study, largest: int) -> dict[str, float]:
         figures[f"{score.method.key}_reward_std"] = score.spread
         figures[f"{score.method.key}_nfe"] = score.nfe
         figures[f"{score.method.key}_confidence"] = float(score.confidence.mean())
+        figures[f"{score.method.key}_class_distance"] = study.class_distance(score.method.key)
+    figures["tilted_reward"] = study.tilted.reward
+    figures["tilted_sample_size"] = study.tilted.sample_size
     over, single = comparison.best_of(largest).key, study[comparison.SINGLE_DRAW]
     figures["nfe_ratio"] = study[over].nfe / single.nfe
     figures["mfm_g_wins"] = study.wins(over=over)

@@ -185,7 +185,8 @@ def grouped_bars(
             axes.bar(x, values, width=0.86 * width, label=label, color=COLOURS[family])
         axes.set_xticks(range(len(groups)), groups)
         axes.tick_params(axis="x", length=0)
-        axes.legend(loc="best")
+        axes.set_ylim(0, 1.5 * max(value for _, _, values in series for value in values))
+        axes.legend(loc="upper right")
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
         return _svg(figure, title)
@@ -248,7 +249,8 @@ def _log_reward_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 def _thin_log_ticks(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    ticks = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    ticks = [step * 10.0**power for power in range(-6, 7) for step in steps]
     axes.set_yticks([tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high])
 
 

@@ -68,9 +68,12 @@ def _opening(evaluation: DigitsEvaluation, provenance: Provenance) -> Iterator[s
         ),
     ]
     if evaluation.gaps:
-        ratio = figures["posterior_sw2_ratio"]
+        blurred = figures["posterior_sw2_mean"] / figures["posterior_sw2_floor"]
         items.append(
-            (f"{ratio:.2f}×", "the floor: distance of one-step draws to a fine ODE's, where 1 is as near as its own")
+            (
+                f"{figures['posterior_sw2_ratio']:.1f} floors",
+                f"from one-step draws to those of a fine ODE; their blurred mean lies at {blurred:.0f}",
+            )
         )
     if provenance.train_seconds is not None:
         items.append((_clock(provenance.train_seconds), f"of training {provenance.facts.get('training', '')}".strip()))
