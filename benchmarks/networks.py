@@ -34,11 +34,12 @@ from mfm_ray.steering import GradientGuidance
 RESULTS = Path(__file__).parent / "results" / "networks.md"
 MLP = {"name": "residual_mlp", "num_blocks": 4}
 DIT = {"name": "dit", "patch_size": 2, "depth": 4, "num_heads": 4, "encoder_depth": 3}
-CANDIDATES: dict[str, tuple[dict[str, Any], float]] = {  # network, share of jittered images
-    "residual MLP, 512 wide": ({**MLP, "width": 512}, 0.7),
-    "residual MLP, 256 wide": ({**MLP, "width": 256}, 0.7),
-    "DiT, 64 wide": ({**DIT, "hidden_size": 64}, 0.7),
-    "residual MLP, 512 wide, no jitter": ({**MLP, "width": 512}, 0.0),
+CANDIDATES: dict[str, tuple[dict[str, Any], float, float]] = {  # network, share of jittered images, budgets
+    "residual MLP, 256 wide": ({**MLP, "width": 256}, 0.7, 1),
+    "residual MLP, 512 wide": ({**MLP, "width": 512}, 0.7, 1),
+    "DiT, 64 wide": ({**DIT, "hidden_size": 64}, 0.7, 1),
+    "residual MLP, 256 wide, 3 times as long": ({**MLP, "width": 256}, 0.7, 3),
+    "the same without jitter": ({**MLP, "width": 256}, 0.0, 3),
 }
 BATCH = 256
 
@@ -65,8 +66,8 @@ def main() -> None:
         train.data, train.labels, heldout_data=heldout.data, heldout_labels=heldout.labels, num_classes=10
     ).classifier
     rows = []
-    for name, (network, jitter) in CANDIDATES.items():
-        rows.append(measure(name, network, jitter, data, judge, seconds))
+    for name, (network, jitter, budgets) in CANDIDATES.items():
+        rows.append(measure(name, network, jitter, data, judge, budgets * seconds))
         print(rows[-1], flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(table(rows, seconds))
