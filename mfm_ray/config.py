@@ -122,7 +122,7 @@ class SampleConfig(JobConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
     num_steps: int | None = setting("steps of the sampler; null: the preset's, or 50", minimum=1)
-    dynamics: str = setting("deterministic or stochastic sampler", choices=("ode", "sde"))
+    dynamics: str | None = setting("null: sde where a drift is steered, else ode", choices=("ode", "sde"))
     preset: str | None = setting("named recipe of the sampler", choices=("paper",))
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
     cfg_scale: float | None = setting("classifier-free guidance; null: none")

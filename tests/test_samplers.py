@@ -299,6 +299,14 @@ def test_unsteered_samples_have_neither_rewards_nor_trace():
     assert samples.trace == {}
 
 
+def test_the_default_dynamics_are_the_sde_where_a_drift_is_steered_and_the_ode_elsewhere():
+    for method, steering in METHODS.items():
+        settings = {"num_samples": 4, "num_steps": 3, "steering": steering}
+        expected = "sde" if method.startswith("gradient") else "ode"
+        given = mfm.sample(network(), dynamics=expected, **settings)
+        assert torch.equal(mfm.sample(network(), **settings).images, given.images)
+
+
 def test_progress_counts_images():
     seen = []
     mfm.sample(
@@ -326,6 +334,7 @@ def test_the_papers_preset_is_250_linear_steps_with_the_correction_at_the_drifts
         num_samples=4,
         steering=replace(steering, renormalise="rescale", trust_region=None),
         num_steps=3,
+        dynamics="ode",
         grid=TimeGrid(start=0.01, power=1.0),
     )
     assert torch.equal(paper.images, by_hand.images)
