@@ -30,9 +30,9 @@ WORDS = [*(f"+training.{word}" for word in SHORT_TRAINING), *(f"protocol.{word}"
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_the_demo_trains_once_and_reuses_what_is_valid(run_job, tmp_path):
-    first = run_job("demo", *WORDS)
+    first = run_job("demo", *WORDS, timeout=280)
     assert first.code == 0, first.describe()
     assert first.result["name"] == "demo"
     assert Path(first.result_path) == tmp_path / "outputs" / "demo" / "result.json"
@@ -43,7 +43,7 @@ def test_the_demo_trains_once_and_reuses_what_is_valid(run_job, tmp_path):
     assert "Training loss" in report.read_text()
     assert "MFM-G, 1 draw" in first.stdout
 
-    second = run_job("demo", *WORDS)
+    second = run_job("demo", *WORDS, timeout=280)
     assert second.code == 0, second.describe()
     assert second.metrics["training_reused"] == 1
     assert second.metrics["train_seconds"] == first.metrics["train_seconds"]
@@ -54,7 +54,7 @@ def test_the_demo_trains_once_and_reuses_what_is_valid(run_job, tmp_path):
 
     weights = Path(first.artifacts["model"]) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    broken = run_job("demo", *WORDS)
+    broken = run_job("demo", *WORDS, timeout=280)
     assert broken.code == 0, broken.describe()
     assert "nothing to train" not in broken.stdout
     assert broken.metrics["mfm_g_reward"] == first.metrics["mfm_g_reward"]
