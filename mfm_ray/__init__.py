@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mfm_ray.data_space import DataSpace
+from mfm_ray.dynamics import TimeGrid
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.glass import posterior_velocity
 from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import Objective, semigroup
-from mfm_ray.samplers import Samples, TimeGrid, refine, sample
+from mfm_ray.samplers import Samples, refine, sample
 from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance
 from mfm_ray.values import ValueEstimate, estimate_value
 

@@ -83,6 +83,12 @@ class FlowMap(nn.Module, ABC):
         zero = torch.zeros_like(t)
         return self.velocity(x_t, t, t, t=zero, x_t=torch.zeros_like(x_t), label=label, cfg_scale=cfg_scale)
 
+    def label_or_null(self, label: Tensor | None, like: Tensor) -> Tensor:
+        """The labels, or the null class for every row of `like` (B,) where there are none, (B,) int64."""
+        if label is None:
+            return torch.full(like.shape, self.num_classes, dtype=torch.int64, device=like.device)
+        return label
+
     def posterior_draws(
         self,
         x_t: Tensor,

@@ -16,12 +16,11 @@ LAYER_0 = {
     "mfm_ray.errors",
     "mfm_ray.interpolants",
     "mfm_ray.noise",
+    "mfm_ray.dynamics",
     "mfm_ray.flow_map",
     "mfm_ray.glass",
     "mfm_ray.objectives",
-    "mfm_ray.finetuning",
     "mfm_ray.values",
-    "mfm_ray.particles",
     "mfm_ray.steering",
     "mfm_ray.samplers",
 }

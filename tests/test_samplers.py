@@ -8,15 +8,13 @@ from torch import Tensor
 
 import mfm_ray as mfm
 from mfm_ray.data_space import DataSpace
+from mfm_ray.dynamics import MemorylessDiffusion, ProbabilityFlow, TimeGrid
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.gaussian import GaussianMixture, GaussianMixtureFlowMap, LinearObservation, isotropic_mixture
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.samplers import (
-    MemorylessDiffusion,
     OuterSampler,
-    ProbabilityFlow,
-    TimeGrid,
     diagonal_posterior_draws,
 )
 from mfm_ray.steering import (

@@ -196,7 +196,7 @@ class DiTFlowMap(FlowMap):
         outer_time = self.t_cond_embedder(t)
         shift, scale = self.x_cond_adaLN(outer_time).unsqueeze(1).chunk(2, dim=-1)
         h = self.x_embedder(x_s) + self.x_cond_embedder(x_t) * (1 + scale) + shift + self.pos_embed
-        shared = outer_time + self.y_embedder(self._label_or_null(label, s))
+        shared = outer_time + self.y_embedder(self.label_or_null(label, s))
         encoder = self.s_embedder(s) + self.t_embedder(u) + shared + self._guidance_row(cfg_scale, s)
         decoder = self.s_embedder_second(s) + self.t_embedder_second(u) + shared  # no guidance here, as in the original
         for index, block in enumerate(self.blocks):
@@ -212,11 +212,6 @@ class DiTFlowMap(FlowMap):
     def config(self) -> dict[str, Any]:
         names = ("patch_size", "hidden_size", "depth", "num_heads", "encoder_depth", "time_flip", "data_std")
         return {"name": "dit", **{name: getattr(self, name) for name in names}, "cfg_scales": list(self.cfg_scales)}
-
-    def _label_or_null(self, label: Tensor | None, like: Tensor) -> Tensor:
-        if label is None:
-            return torch.full(like.shape, self.num_classes, dtype=torch.int64, device=like.device)
-        return label
 
     def _guidance_row(self, cfg_scale: float | Tensor | None, like: Tensor) -> Tensor:
         """Rows of the guidance table, by nearest scale; none given means 1."""

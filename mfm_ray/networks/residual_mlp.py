@@ -119,14 +119,9 @@ class ResidualMLPFlowMap(FlowMap):
         times = torch.cat([self.time_features(time) for time in (s, u, t, u - s, g.merged_time)], dim=-1)
         condition = self.embed_times(times)
         if self.embed_label is not None:
-            condition = condition + self.embed_label(self._label_or_null(label, s))
+            condition = condition + self.embed_label(self.label_or_null(label, s))
         correction = self.network(torch.cat([g.inner, g.outer, g.merged], dim=-1), condition)
         return self.gaussian.rotate_back(g.velocity + g.scale * correction.float(), x_s)
-
-    def _label_or_null(self, label: Tensor | None, like: Tensor) -> Tensor:
-        if label is None:
-            return torch.full(like.shape, self.num_classes, dtype=torch.int64, device=like.device)
-        return label
 
     def posterior_spread(self, t: Tensor) -> Tensor:
         return self.gaussian.posterior_variances(t).sum(-1).sqrt()
