@@ -22,7 +22,7 @@ from mfm_ray.rewards import (
 OBSERVATION_NOISE = 0.1
 _BRIGHTER, _DARKER = 4.0, -3.5  # targets, in standard deviations of the training images' brightness
 _BRIGHTNESS_SCALE = 0.4  # width around the target, in the same unit
-_SYMMETRY_SCALE = 0.2
+_SYMMETRY_SCALE = 0.1
 _MIXTURE = {3: 0.5, 8: 0.3, 0: 0.2}
 _THIN = 8
 
