@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import numpy as np
 from matplotlib import transforms as mtransforms
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Stand-ins that no other colour equals; the page replaces them by its variables.
 COLOURS = {
@@ -157,7 +158,7 @@ def confidence_against_reward(dots: Sequence[Dot], *, title: str) -> str:
         axes.tick_params(axis="y", length=0)
         low = min(dot.y for dot in dots)
         axes.set_xlim(max(0.0, min(0.7, low - 0.08)), 1.06)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xticks([tenth / 10 for tenth in range(int(10 * min(0.7, low - 0.08)) + 1, 11)])
         axes.spines["left"].set_visible(False)
         _label(axes, title, "mean confidence of the judge", "")
         return _svg(figure, title)
@@ -186,6 +187,7 @@ def grouped_bars(
         axes.set_xticks(range(len(groups)), groups)
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 1.5 * max(value for _, _, values in series for value in values))
+        axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 1.0])
         axes.legend(loc="upper right")
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
@@ -217,6 +219,11 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
     points = [axes.transData.transform((dot.x, dot.y)) * 72 / figure.dpi for dot in dots]
     frame = axes.get_window_extent().transformed(mtransforms.Affine2D().scale(72 / figure.dpi))
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for line in axes.lines:
+        ends = line.get_transform().transform(line.get_xydata()) * 72 / figure.dpi
+        for start, end in itertools.pairwise(ends):
+            along = [start + (end - start) * step / 40 for step in range(41)]
+            taken += [(x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in along]
     for dot, (x, y) in zip(dots, points, strict=True):
         wide = _POINTS_A_LETTER * len(dot.label)
         places = [(x + 8, y - 4), (x - 8 - wide, y - 4), (x - wide / 2, y + 7), (x - wide / 2, y - 15)]
