@@ -5,13 +5,12 @@ The constructors are the schema; here only what a mapping cannot hold is supplie
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from mfm_ray.errors import InputError
+from mfm_ray.errors import InputError, refuse_unknown_arguments
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.noise import KeyedNoise, Stream
 from mfm_ray.rewards import ClassMixture, ClassProbability, MaskedObservation, Symmetry, TargetBrightness, half_mask
@@ -95,9 +94,7 @@ def _refuse_arguments(group: str, name: str, arguments: Mapping[str, Any]) -> No
 
 def _construct(cls: Any, group: str, arguments: Mapping[str, Any], **supplied: Any) -> Any:
     """Calls the constructor; its refusals come back with the group in front."""
-    known = [key for key in inspect.signature(cls).parameters if key not in supplied]
-    if unknown := sorted(set(arguments) - set(known)):
-        raise InputError(f"{group}.{unknown[0]}: unknown key; {cls.__name__} takes {', '.join(known)}")
+    refuse_unknown_arguments(arguments, cls, group=group, supplied=supplied)
     try:
         return cls(**supplied, **arguments)
     except (ValueError, TypeError) as error:

@@ -1,5 +1,10 @@
 """The errors that a job turns into exit codes: what the user can mend, and what the storage refused."""
 
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
 
 class InputError(ValueError):
     """The user's input is wrong; one line names the file or field and what is allowed. A job exits 2."""
@@ -14,3 +19,17 @@ class StorageError(OSError):
 
 class UnusableStorageError(StorageError, InputError):
     """The storage named by the user cannot be written, found out before the work began; a job exits 2."""
+
+
+def refuse_unknown_arguments(
+    given: Iterable[str], constructor: Callable[..., Any], *, group: str, supplied: Iterable[str] = ()
+) -> None:
+    """InputError for the first name that a constructor does not take: `group.name`, what it takes, the nearest one.
+
+    supplied: parameters that the caller fills in itself and no user gives.
+    """
+    known = [name for name in inspect.signature(constructor).parameters if name not in set(supplied)]
+    for name in sorted(set(given) - set(known)):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{group}.{name}: unknown key; expected {', '.join(known) or 'no further keys'}{hint}")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mfm_ray.errors import refuse_unknown_arguments
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.interpolants import LinearInterpolant, expand_time
 from mfm_ray.noise import Noise, Stream
@@ -278,6 +279,7 @@ def build_objective(objective: Mapping[str, Any]) -> Objective:
     name = arguments.pop("name", None)
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name={name!r}: expected one of {', '.join(sorted(OBJECTIVES))}")
+    refuse_unknown_arguments(arguments, OBJECTIVES[name], group="objective")
     try:
         return OBJECTIVES[name](**arguments)
     except TypeError as error:

@@ -18,6 +18,7 @@ from mfm_ray.objectives import (
     Objective,
     SemigroupTerm,
     VarianceWeighting,
+    build_objective,
     semigroup,
     target_variance,
 )
@@ -215,3 +216,8 @@ def test_adaptive_weighting_of_power_one_makes_losses_one_and_keeps_gradient_dir
 def test_impossible_settings_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_an_unknown_argument_of_an_objective_is_named_with_the_nearest_known_one():
+    with pytest.raises(ValueError, match=r"objective\.label_dropuot: unknown key; .*did you mean label_dropout\?"):
+        build_objective({"name": "semigroup", "label_dropuot": 0.1})

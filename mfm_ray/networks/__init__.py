@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from mfm_ray.data_space import DataSpace
+from mfm_ray.errors import refuse_unknown_arguments
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 
 
-def _residual_mlp(*, moments: Mapping[str, Tensor] | None, **arguments: Any) -> FlowMap:
-    return ResidualMLPFlowMap(**{**arguments, **(moments or {})})
+def _data_std(moments: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {"data_std": float(moments["variances"].mean().sqrt())}
 
 
-def _dit(*, moments: Mapping[str, Tensor] | None, **arguments: Any) -> FlowMap:
-    if moments is not None:
-        arguments.setdefault("data_std", float(moments["variances"].mean().sqrt()))
-    return DiTFlowMap(**arguments)
+@dataclass(frozen=True)
+class Entry:
+    """A network's class, and what its constructor takes of the data's moments."""
+
+    network: Callable[..., FlowMap]
+    from_moments: Callable[[Mapping[str, Tensor]], dict[str, Any]]
 
 
-NETWORKS: dict[str, Callable[..., FlowMap]] = {"residual_mlp": _residual_mlp, "dit": _dit}
+NETWORKS = {
+    "residual_mlp": Entry(ResidualMLPFlowMap, dict),
+    "dit": Entry(DiTFlowMap, _data_std),
+}
+_SUPPLIED = ("space", "num_classes", "mean", "variances", "basis")  # from the data, not from a configuration
 
 
 def build_network(
@@ -43,7 +51,10 @@ def build_network(
     name = arguments.pop("name", None)
     if name not in NETWORKS:
         raise ValueError(f"network.name={name!r}: expected one of {', '.join(sorted(NETWORKS))}")
+    entry = NETWORKS[name]
+    refuse_unknown_arguments(arguments, entry.network, group="network", supplied=_SUPPLIED)
+    from_data = {} if moments is None else entry.from_moments(moments)
     try:
-        return NETWORKS[name](space=space, num_classes=num_classes, moments=moments, **arguments)
+        return entry.network(space=space, num_classes=num_classes, **{**from_data, **arguments})
     except TypeError as error:
         raise ValueError(f"network={dict(network)}: {error}") from error

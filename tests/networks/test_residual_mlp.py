@@ -146,3 +146,11 @@ def test_impossible_networks_are_refused_by_name(config, message):
 def test_a_guidance_scale_is_refused_by_a_model_without_any():
     with pytest.raises(ValueError, match=r"cfg_scale=2.0: this model was trained without guidance scales"):
         network().velocity(**inputs(), cfg_scale=2.0)
+
+
+def test_an_unknown_argument_is_named_with_the_nearest_known_one():
+    space = DataSpace(kind="coordinates", event_shape=(2,))
+    with pytest.raises(ValueError, match=r"network\.num_block: unknown key; .*did you mean num_blocks\?"):
+        build_network({"name": "residual_mlp", "width": 4, "num_block": 1}, space=space)
+    with pytest.raises(ValueError, match=r"network.*num_blocks"):
+        build_network({"name": "residual_mlp", "width": 4}, space=space)
