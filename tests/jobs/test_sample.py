@@ -75,7 +75,10 @@ def test_an_image_does_not_depend_on_how_many_are_made(run_job, model):
         (["cfg_scale=2.5"], "cfg_scale=2.5: expected one of null alone: this model has none"),
         (["steering=gradient", "reward=masked_observation", "reward.row=196"], "reward.row=196: expected a held-out"),
         (["steering=gradient", "reward=symmetry", "reward.scale=-1"], "reward.scale=-1: expected a finite number"),
-        (["steering=gradient", "reward=symmetry", "+reward.size=3"], "reward.size: unknown key; Symmetry takes scale"),
+        (
+            ["steering=gradient", "reward=symmetry", "+reward.size=3"],
+            "reward.size: unknown key; expected scale, axis, name",
+        ),
         (["steering=gradient", "steering.num_draws=0", "reward=symmetry"], "num_draws=0: expected an integer"),
     ],
 )
