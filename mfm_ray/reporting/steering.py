@@ -19,8 +19,8 @@ def steering_section(evaluation: DigitsEvaluation) -> Iterator[str]:
     yield page.paragraph(
         "A reward r says how much an image is wanted. Steering aims at the images of the model reweighted by exp r: "
         "still digits, but wanted ones. The price is counted in calls of network and reward for one image, a backward "
-        f"pass counting as a call. Every method makes {protocol.num_steps} steps: the pool by the ODE, whose samples are "
-        f"the cleaner ones, the steered samples by the {protocol.dynamics.upper()}."
+        f"pass counting as a call. Every method makes {protocol.num_steps} steps: the pool by the ODE, whose samples "
+        f"are the cleaner ones, the steered samples by the {protocol.dynamics.upper()}."
     )
     yield page.definitions(
         [
