@@ -54,7 +54,7 @@ class StepWindow:
             row, column = (int(i) for i in broken[0])
             raise TrainingDiverged(
                 f"step {self._first_step + row}: {self.names[column]} is {float(values[row, column])}; "
-                "lower optimizer.learning_rate or gradient_clipping, or look at the data; "
+                "lower optimizer.learning_rate, set gradient_clipping, or look at the data; "
                 "the checkpoints written before are good"
             )
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
