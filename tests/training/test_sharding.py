@@ -32,6 +32,9 @@ from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Plan, Training, TrainingData, build_flow_map, set_up
 from mfm_ray.training.zero import LearningRate, split_batch
 
+# no Ray here, but two groups of training processes: not what `make test-fast` is for
+pytestmark = pytest.mark.ray
+
 STEPS, RESUME_AT = 4, 2
 STAGES, WORLD_SIZES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2), (1, 2)
 CASES = list(itertools.product(STAGES, WORLD_SIZES, ACCUMULATIONS))
