@@ -16,8 +16,8 @@ from mfm_ray.noise import KeyedNoise, Stream
 class TimeGrid:
     """Outer times start = t_0 < ... < t_K = 1 with t_k = start + (1 - start) (k / K)^power.
 
-    A start close to 0 with no cap on (1 - t) / t and more steps early is what lets few steps reach the tilted law:
-    the linear grid from 0.01 triples the error on a Gaussian mixture however many steps it takes.
+    The start is close to 0, with no cap on (1 - t) / t, and steps are denser early, where the state is decided. The
+    law at `start` is taken to be N(0, Id), which it is only as start goes to 0.
     """
 
     start: float = 0.001
