@@ -35,11 +35,13 @@ class Losses:
     """Per-sample losses, (B,) float32 each.
 
     `total` carries the gradient; `squared_errors` are the raw sums over data dimensions of (prediction - target)^2
-    by term, detached: they stay comparable whatever the weighting does.
+    by term, detached: they stay comparable whatever the weighting does. `time` is the conditioning time t of each
+    sample, by which errors are sorted into buckets.
     """
 
     total: Tensor
     squared_errors: dict[str, Tensor]
+    time: Tensor
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class Objective:
             error = residual.flatten(1).square().sum(1)
             total = total + weighting(error, variance=target_variance(flow_map, s, states.t))
             squared_errors[term.name] = error.detach()
-        return Losses(total=total, squared_errors=squared_errors)
+        return Losses(total=total, squared_errors=squared_errors, time=states.t)
 
     def sample_states(self, flow_map: FlowMap, batch: Examples, noise: Noise) -> TrainingStates:
         """Conditioning times, outer and inner noise, and labels after dropout."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.attention import attention
 
 _FREQUENCIES = 128
 
@@ -63,10 +63,7 @@ class PatchEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection.
-
-    The fused kernels have no forward-mode derivative; inside a `torch.func.jvp` the softmax is written out.
-    """
+    """Multi-head self-attention with a fused qkv projection."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -77,17 +74,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
-        attend = _explicit_attention if _in_forward_mode() else functional.scaled_dot_product_attention
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def _explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    return torch.softmax(scores, dim=-1) @ value
+        return self.proj(attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
