@@ -1,6 +1,7 @@
 """Makes a model directory from a checkpoint of a training run, whatever its ZeRO stage and number of workers.
 
 python -m jobs.export checkpoint=runs/digits                          (the newest checkpoint of that run)
+python -m jobs.export checkpoint=runs/digits ema_decay=0.9999         (another of its moving averages)
 python -m jobs.export checkpoint=runs/digits/checkpoints/checkpoint_2026-01-31_12-00-00.000000 output=models/early
 ray job submit --working-dir . -- python -m jobs.export checkpoint=/shared/runs/digits storage=/shared/runs
 """
@@ -15,10 +16,11 @@ from mfm_ray.storage import Storage
 
 
 def check(config: ExportConfig) -> None:
-    """The checkpoint is there and whole, and the output is no file or folder of another kind."""
-    from mfm_ray.training.checkpoint import read_state
+    """The checkpoint is there and whole and has the average, the output is no file or folder of another kind."""
+    from mfm_ray.training.checkpoint import check_decay, read_state
 
-    read_state(checkpoint_of(config))
+    place = checkpoint_of(config)
+    check_decay(place, read_state(place), config.ema_decay)
     if config.output is None:
         return
     if is_submitted() and "://" not in config.output and not os.path.isabs(config.output):
@@ -61,7 +63,7 @@ def body(run: JobRun) -> Outcome:
 
     config: ExportConfig = run.config
     target = Storage(config.output) if config.output else run.storage.child("model")
-    figures = export_checkpoint(checkpoint_of(config), target)
+    figures = export_checkpoint(checkpoint_of(config), target, ema_decay=config.ema_decay)
     run.log(f"wrote {target}")
     return Outcome(metrics=figures, artifacts={"model": target.uri})
 

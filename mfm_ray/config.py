@@ -93,7 +93,11 @@ class TrainConfig(JobConfig):
         "after warm-up: constant, or a cosine to 0 at max_steps", choices=("constant", "cosine")
     )
     gradient_clipping: float = setting("largest global gradient norm; 0: no clipping", minimum=0)
-    ema_decay: float = setting("decay of the averaged weights, fp32; 0: the last weights", minimum=0, below=1)
+    ema_decay: float | list[float] = setting(
+        "decay of the averaged weights, fp32; 0: the last weights; of a list the first is the model",
+        minimum=0,
+        below=1,
+    )
     precision: str = setting("arithmetic of the network", choices=("fp32", "bf16"))
     zero: ZeroConfig = setting("sharding")
     scaling: ScalingConfig = setting("workers and their resources")
@@ -114,6 +118,9 @@ class PrepareDataConfig(JobConfig):
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(JobConfig):
     checkpoint: str | None = setting("checkpoint folder, or the folder of a training run: its newest")
+    ema_decay: float | None = setting(
+        "which moving average, by its decay; null: the first of the run's ema_decay", minimum=0, below=1
+    )
     output: str | None = setting("folder or URI of the model; null: model/ in the run's own folder")
 
 

@@ -1,8 +1,9 @@
 """Checkpoints on disk: what each rank writes, the manifest that vouches for it, and reading only what it vouches for.
 
     deepspeed/...               the engine's own shards (pickles: read only after their hashes matched)
-    ema-rank-<N>.safetensors    this rank's part of the moving average
+    ema-rank-<N>.safetensors    this rank's part of the moving averages
     ema_model.safetensors       the averaged model whole, written tensor by tensor by rank 0; what `jobs.export` reads
+    ema_model-<decay>...        the same by each further decay of `ema_decay`
     manifest-rank-<N>.json      step, layout and configuration, and size and SHA-256 of every file that rank wrote
 
 Ray Train merges the ranks' folders into one.
@@ -14,7 +15,7 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
 
 FORMAT = "mfm-ray-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_FILE = "ema_model.safetensors"
 _MANIFEST = "manifest-rank-"
 
@@ -52,7 +53,8 @@ class CheckpointState:
     """Where a run stood: optimiser steps done, seconds of training so far, and how it was laid out.
 
     `config` is the training configuration, `model` the config.json of the model it trains (what export needs),
-    `data_sha256` the hash of the data's manifest, `figures` the last line of the metrics.
+    `data_sha256` the hash of the data's manifest, `figures` the last line of the metrics, `ema_decays` the decays of
+    the averages, that of `ema_model.safetensors` first.
     """
 
     step: int
@@ -63,6 +65,7 @@ class CheckpointState:
     model: dict[str, Any]
     data_sha256: str
     figures: dict[str, float]
+    ema_decays: list[float]
 
 
 def manifest_name(rank: int) -> str:
@@ -71,6 +74,11 @@ def manifest_name(rank: int) -> str:
 
 def ema_name(rank: int) -> str:
     return f"ema-rank-{rank}.safetensors"
+
+
+def model_files(decays: Sequence[float]) -> dict[float, str]:
+    """Where the averaged model of each decay lies, the first under the plain name."""
+    return {decay: f"ema_model-{decay!r}.safetensors" if i else MODEL_FILE for i, decay in enumerate(decays)}
 
 
 def write_manifest(directory: Path, *, rank: int, state: CheckpointState) -> None:
@@ -112,14 +120,18 @@ def check_compatible(
     stage: int,
     model: Mapping[str, Any],
     data_sha256: str,
+    ema_decays: Sequence[float],
 ) -> None:
-    """Raises CheckpointError unless a run of this layout, network and data can go on from `state`."""
+    """Raises CheckpointError unless a run of this layout, network, data and averages can go on from `state`."""
     layout = {"scaling.num_workers": (state.world_size, world_size), "zero.stage": (state.stage, stage)}
     for key, (theirs, ours) in layout.items():
         if theirs != ours:
             raise CheckpointError(
                 f"{key}={ours}: {checkpoint.uri} was written with {theirs}; resume with {key}={theirs}"
             )
+    if list(ema_decays) != state.ema_decays:
+        theirs, ours = (json.dumps(list(decays)) for decays in (state.ema_decays, ema_decays))
+        raise CheckpointError(f"ema_decay={ours}: {checkpoint.uri} holds averages of {theirs}; resume with those")
     for group in ("network", "interpolant", "data", "cfg_scales"):
         difference = _first_difference(state.model.get(group), model.get(group), group)
         if difference is not None:
@@ -146,28 +158,42 @@ def verify_rank(directory: Path, rank: int) -> None:
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """The averaged weights of a checkpoint, the config.json they belong to, and where training stood."""
+    """The averaged weights of a checkpoint and their decay, the config.json they belong to, where training stood."""
 
     state_dict: dict[str, Tensor]
+    decay: float
     state: CheckpointState
 
 
-def read_checkpoint_model(location: Storage | str | Path) -> CheckpointModel:
+def read_checkpoint_model(location: Storage | str | Path, *, ema_decay: float | None = None) -> CheckpointModel:
     """The averaged model of any checkpoint, of any stage and number of workers; nothing is unpickled.
 
-    Raises CheckpointError when the folder is no checkpoint, or the model file is missing or was changed.
+    ema_decay: which of the averages, by default the first of them. Raises CheckpointError when the folder is no
+    checkpoint or has no such average, or the model file is missing or was changed.
     """
     checkpoint = Storage(location)
     manifest = _read_manifest(checkpoint, 0)
     state = CheckpointState(**{name: manifest[name] for name in CheckpointState.__dataclass_fields__})
-    entry = manifest["files"].get(MODEL_FILE)
+    decay = check_decay(checkpoint, state, ema_decay)
+    name = model_files(state.ema_decays)[decay]
+    entry = manifest["files"].get(name)
     if entry is None:
-        raise CheckpointError(f"{checkpoint.uri_of(manifest_name(0))}: lists no {MODEL_FILE}")
-    _check_size(checkpoint, MODEL_FILE, entry["size"])
-    data = checkpoint.read_bytes(MODEL_FILE)
+        raise CheckpointError(f"{checkpoint.uri_of(manifest_name(0))}: lists no {name}")
+    _check_size(checkpoint, name, entry["size"])
+    data = checkpoint.read_bytes(name)
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CheckpointError(f"{checkpoint.uri_of(MODEL_FILE)}: content differs from {manifest_name(0)} (damaged)")
-    return CheckpointModel(state_dict=safetensors.torch.load(data), state=state)
+        raise CheckpointError(f"{checkpoint.uri_of(name)}: content differs from {manifest_name(0)} (damaged)")
+    return CheckpointModel(state_dict=safetensors.torch.load(data), decay=decay, state=state)
+
+
+def check_decay(checkpoint: Storage, state: CheckpointState, ema_decay: float | None) -> float:
+    """The decay that is asked for, the first of the checkpoint's for None. CheckpointError when it has no such one."""
+    if ema_decay is None:
+        return state.ema_decays[0]
+    if ema_decay not in state.ema_decays:
+        held = ", ".join(map(repr, state.ema_decays))
+        raise CheckpointError(f"ema_decay={ema_decay!r}: {checkpoint.uri} holds averages of {held}")
+    return ema_decay
 
 
 def write_tensors(path: Path | None, tensors: Iterable[tuple[str, Tensor]]) -> None:

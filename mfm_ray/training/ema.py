@@ -1,8 +1,8 @@
-"""A moving average of the weights, kept where the master weights are: each rank averages its own shard."""
+"""Moving averages of the weights, kept where the master weights are: each rank averages its own shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,54 +14,78 @@ from torch import Tensor, nn
 from mfm_ray.training.zero import ZeroEngine
 
 
-class ShardedEMA:
-    """ema <- d ema + (1 - d) w after each optimiser step, float32, with d = min(decay, (1 + n) / (10 + n)).
+def ema_decays(setting: float | Sequence[float]) -> tuple[float, ...]:
+    """The decays that `ema_decay` asks for, the exported one first.
 
-    n counts the updates before this one, so that the first weights are soon forgotten. `decay` = 0 follows the last
-    weights. Memory: one float32 copy of this rank's shard (at stage 0 of all parameters).
+    ValueError when there is none, or one twice.
+    """
+    decays = tuple(setting) if isinstance(setting, Sequence) else (setting,)
+    if not decays or len(set(decays)) < len(decays):
+        raise ValueError(f"ema_decay={list(decays)}: expected at least one decay, each of them once")
+    return decays
+
+
+class ShardedEMA:
+    """ema <- d ema + (1 - d) w after each optimiser step, float32, with d = min(decay, (1 + n) / (10 + n)), by decay.
+
+    n counts the updates before this one, so that the first weights are soon forgotten. A decay of 0 follows the last
+    weights. Memory: one float32 copy of this rank's shard (at stage 0 of all parameters) for each decay.
     """
 
-    def __init__(self, engine: ZeroEngine, *, decay: float) -> None:
+    def __init__(self, engine: ZeroEngine, *, decays: Sequence[float]) -> None:
         self._engine = engine
-        self._decay = decay
         self._weights = engine.fp32_shards()
-        self._averages = [shard.clone() for shard in self._weights]
+        self._averages = {decay: [shard.clone() for shard in self._weights] for decay in decays}
         self.num_updates = 0
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays, that of the exported model first."""
+        return tuple(self._averages)
 
     @torch.no_grad()
     def update(self) -> None:
-        decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self._averages, self._weights, 1.0 - decay)
+        longest = (1 + self.num_updates) / (10 + self.num_updates)
+        for decay, averages in self._averages.items():
+            torch._foreach_lerp_(averages, self._weights, 1.0 - min(decay, longest))
         self.num_updates += 1
 
-    def full_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self, module: nn.Module, decay: float | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every entry of the state dict of `module` with averaged weights, whole, one after another (see
-        `ZeroEngine.full_tensors`). Collective; the weights are exactly as before when it ends."""
-        with self._in_place():
+        `ZeroEngine.full_tensors`): the averages of `decay`, by default the first. Collective; the weights are
+        exactly as before when it ends."""
+        with self._in_place(self._averages[self.decays[0] if decay is None else decay]):
             yield from self._engine.full_tensors(module)
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _in_place(self, averages: list[Tensor]) -> Iterator[None]:
         """The averages in the place of the master weights. Elements move, storages stay: the optimiser holds views."""
-        for weight, average in zip(self._weights, self._averages, strict=True):
+        for weight, average in zip(self._weights, averages, strict=True):
             _exchange(weight, average)
         try:
             yield
         finally:
-            for weight, average in zip(self._weights, self._averages, strict=True):
+            for weight, average in zip(self._weights, averages, strict=True):
                 _exchange(weight, average)
 
     def save(self, path: Path) -> None:
         """Write this rank's averages as a safetensors file."""
-        shards = {f"shard_{i:04d}": average for i, average in enumerate(self._averages)}
+        shards = {
+            _key(decay, i): average for decay, averages in self._averages.items() for i, average in enumerate(averages)
+        }
         save_file(shards, path, metadata={"num_updates": str(self.num_updates)})
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote for the same sharding."""
+        """Read what `save` wrote for the same sharding and decays."""
         with safe_open(path, framework="pt") as file:
-            for i, average in enumerate(self._averages):
-                average.copy_(file.get_tensor(f"shard_{i:04d}"))
+            for decay, averages in self._averages.items():
+                for i, average in enumerate(averages):
+                    average.copy_(file.get_tensor(_key(decay, i)))
             self.num_updates = int(file.metadata()["num_updates"])
+
+
+def _key(decay: float, shard: int) -> str:
+    return f"decay_{decay!r}.shard_{shard:04d}"
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:

@@ -12,19 +12,25 @@ from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import TrainedClassifier, train_classifier
 from mfm_ray.pretrained import save_model
 from mfm_ray.storage import Storage
-from mfm_ray.training.checkpoint import CheckpointModel, CheckpointState, read_checkpoint_model
+from mfm_ray.training.checkpoint import CheckpointModel, read_checkpoint_model
 
 CLASSIFIER_BATCH = 64
 
 
 def export_checkpoint(
-    location: Storage, target: Storage, *, judge: TrainedClassifier | None = None, picture: bytes | None = None
+    location: Storage,
+    target: Storage,
+    *,
+    ema_decay: float | None = None,
+    judge: TrainedClassifier | None = None,
+    picture: bytes | None = None,
 ) -> dict[str, float]:
     """Write the model directory of any checkpoint in place of an older one; the figures on its card.
 
-    Nothing is unpickled. InputError naming the file when the checkpoint is damaged or none.
+    ema_decay: which of the averages, by default the first of them. Nothing is unpickled. InputError naming the file
+    when the checkpoint is damaged or none, and for a decay that it does not hold.
     """
-    found = read_checkpoint_model(location)
+    found = read_checkpoint_model(location, ema_decay=ema_decay)
     flow_map = build_from(found)
     figures = dict(found.state.figures)
     if judge is not None:
@@ -32,7 +38,7 @@ def export_checkpoint(
     save_model(
         target,
         flow_map,
-        config={**found.state.model, "training": training_summary(found.state)},
+        config={**found.state.model, "training": training_summary(found)},
         metrics=figures,
         pictures={"samples.png": picture} if picture is not None else None,
         classifier=judge.classifier if judge is not None else None,
@@ -51,15 +57,17 @@ def build_from(found: CheckpointModel) -> Any:
     return flow_map
 
 
-def training_summary(state: CheckpointState) -> dict[str, Any]:
+def training_summary(found: CheckpointModel) -> dict[str, Any]:
     """What config.json tells about how the weights came to be."""
-    told = ("experiment", "objective", "global_batch_size", "optimizer", "ema_decay", "precision", "seed")
+    state = found.state
+    told = ("experiment", "objective", "global_batch_size", "optimizer", "precision", "seed")
     return {
         "steps": state.step,
         "seconds": round(state.seconds, 3),
         "num_workers": state.world_size,
         "zero_stage": state.stage,
         **{key: state.config[key] for key in told},
+        "ema_decay": found.decay,
         "data_sha256": state.data_sha256,
     }
 

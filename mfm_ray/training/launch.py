@@ -26,6 +26,7 @@ from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
 from mfm_ray.training.comm_op import check_comm_op
+from mfm_ray.training.ema import ema_decays
 from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
 from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
@@ -72,6 +73,7 @@ def check_config(config: TrainConfig) -> None:
     zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     build_objective(config.objective)
+    ema_decays(config.ema_decay)
     if config.data.path is None and config.data.name not in _BUNDLED:
         raise InputError(
             f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
@@ -111,6 +113,7 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
             stage=typed.zero.stage,
             model=model,
             data_sha256=manifest.sha256,
+            ema_decays=ema_decays(typed.ema_decay),
         )
         log(f"going on from step {found.state.step}")
     elif resume:

@@ -91,8 +91,9 @@ def write_checkpoint(training: Training, directory: Path, *, done: int, figures:
     rank = training.rank
     training.engine.save(directory)
     training.ema.save(directory / checkpoint.ema_name(rank))
-    model_file = directory / checkpoint.MODEL_FILE if rank == 0 else None
-    checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map))
+    for decay, name in checkpoint.model_files(training.ema.decays).items():
+        model_file = directory / name if rank == 0 else None
+        checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map, decay))
     state = checkpoint.CheckpointState(
         step=done,
         seconds=training.seconds,
@@ -102,12 +103,13 @@ def write_checkpoint(training: Training, directory: Path, *, done: int, figures:
         model=training.plan.model,
         data_sha256=training.data.sha256,
         figures=figures,
+        ema_decays=list(training.ema.decays),
     )
     checkpoint.write_manifest(directory, rank=rank, state=state)
 
 
 def read_checkpoint(training: Training, directory: Path) -> int:
-    """Take weights, optimiser state and average from the ranks' merged folder; the steps that are done. Collective."""
+    """Take weights, optimiser state and averages from the ranks' merged folder; the steps that are done. Collective."""
     verify_on_all_ranks(directory, training.rank)
     state = checkpoint.read_state(Storage(directory))
     training.engine.load(directory)

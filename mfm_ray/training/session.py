@@ -24,7 +24,7 @@ from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import Objective, build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
-from mfm_ray.training.ema import ShardedEMA
+from mfm_ray.training.ema import ShardedEMA, ema_decays
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.metrics_log import StepWindow
 from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare, split_batch, zero_config
@@ -100,7 +100,7 @@ def set_up(plan: Plan) -> Training:
         plan=plan,
         config=config,
         engine=engine,
-        ema=ShardedEMA(engine, decay=config.ema_decay),
+        ema=ShardedEMA(engine, decays=ema_decays(config.ema_decay)),
         flow_map=flow_map,
         data=TrainingData.load(plan.data, config, split, rank=rank, device=engine.device),
         split=split,

@@ -24,7 +24,15 @@ from mfm_ray.training.checkpoint import (
 
 MODEL = {"network": {"name": "residual_mlp", "width": 8}, "interpolant": "linear", "data": {"kind": "image"}}
 STATE = CheckpointState(
-    step=5, seconds=1.5, world_size=1, stage=2, config={"seed": 0}, model=MODEL, data_sha256="ab", figures={"loss": 1.0}
+    step=5,
+    seconds=1.5,
+    world_size=1,
+    stage=2,
+    config={"seed": 0},
+    model=MODEL,
+    data_sha256="ab",
+    figures={"loss": 1.0},
+    ema_decays=[0.999, 0.9999],
 )
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3), "empty": torch.zeros(0, 2)}
 
@@ -32,6 +40,8 @@ TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(3), 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     write_tensors(tmp_path / MODEL_FILE, TENSORS.items())
+    slow = {name: tensor + 1 for name, tensor in TENSORS.items()}
+    write_tensors(tmp_path / "ema_model-0.9999.safetensors", slow.items())
     write_manifest(tmp_path, rank=0, state=STATE)
     return tmp_path
 
@@ -55,13 +65,24 @@ def test_a_checkpoint_returns_the_state_it_was_written_with(place: Path) -> None
         ({"model": {**MODEL, "network": {"name": "residual_mlp", "width": 16}}}, r"network.width=16.*with 8"),
         ({"model": {**MODEL, "network": {"name": "dit", "width": 8}}}, r"network.name=.dit.*residual_mlp"),
         ({"data_sha256": "cd"}, "data.path.*other data"),
+        ({"ema_decays": (0.999,)}, r"ema_decay=\[0.999\].*averages of \[0.999, 0.9999\]"),
     ],
 )
 def test_another_layout_network_or_data_is_refused_by_key(place: Path, changes: dict[str, Any], message: str) -> None:
     same: dict[str, Any] = {"world_size": 1, "stage": 2, "model": MODEL, "data_sha256": "ab"}
+    same["ema_decays"] = (0.999, 0.9999)
     check_compatible(Storage(place), STATE, **same)
     with pytest.raises(CheckpointError, match=message):
         check_compatible(Storage(place), STATE, **{**same, **changes})
+
+
+def test_any_average_is_read_by_its_decay_the_first_without_being_named(place: Path) -> None:
+    for asked, shift in ((None, 0), (0.999, 0), (0.9999, 1)):
+        found = read_checkpoint_model(place, ema_decay=asked)
+        assert torch.equal(found.state_dict["count"], TENSORS["count"] + shift)
+        assert found.decay == (asked or 0.999)
+    with pytest.raises(CheckpointError, match=r"ema_decay=0.5: .* holds averages of 0.999, 0.9999"):
+        read_checkpoint_model(place, ema_decay=0.5)
 
 
 def test_a_model_that_was_altered_is_not_read(place: Path) -> None:
@@ -78,7 +99,7 @@ def test_a_model_that_was_altered_is_not_read(place: Path) -> None:
         (None, "missing; expected a training checkpoint"),
         ({"format": "other"}, "not a manifest"),
         ({"format": "mfm-ray-checkpoint", "format_version": 9}, "format_version=9"),
-        ({"format": "mfm-ray-checkpoint", "format_version": 1, "files": {}}, "has no 'step'"),
+        ({"format": "mfm-ray-checkpoint", "format_version": 2, "files": {}}, "has no 'step'"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_is_refused(place: Path, manifest: dict | None, message: str) -> None:
