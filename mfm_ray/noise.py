@@ -38,6 +38,7 @@ class Stream(IntEnum):
     SPLIT = 9  # the split point of the semigroup objective
     RESAMPLE = 10  # particle resampling
     AUGMENT = 11  # changes to training images
+    LATENT = 12  # the sample of a stored posterior
 
 
 class Noise(Protocol):

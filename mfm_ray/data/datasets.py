@@ -27,7 +27,7 @@ _IDX_MAGIC = {3: 0x00000803, 1: 0x00000801}  # unsigned bytes in 3 dimensions (i
 
 @dataclass(frozen=True)
 class Split:
-    """data: (N, *event) float32 in data units. labels: (N,) int64, -1 where there is none."""
+    """data: (N, *row) float32 in data units, a row being a sample or a posterior. labels: (N,) int64, -1 for none."""
 
     data: Tensor
     labels: Tensor
@@ -38,12 +38,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set with its splits (`train`, `heldout`) and, when it has labels, their names."""
+    """A named data set with its splits (`train`, `heldout`) and, when it has labels, their names.
+
+    row_form: what a row of a split is: "sample", (*event); or an autoencoder's posterior, its mean and its spread
+    concatenated along the channels, (2C, H, W): "mean_std" or "mean_log_variance" (latents.py).
+    """
 
     name: str
     space: DataSpace
     splits: Mapping[str, Split]
     class_names: tuple[str, ...] = ()
+    row_form: str = "sample"
 
     @property
     def num_classes(self) -> int:

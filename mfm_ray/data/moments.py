@@ -25,9 +25,10 @@ class Moments:
         return {"mean": self.mean, "variances": self.eigenvalues, "basis": self.eigenvectors}
 
 
-def data_moments(x_flat: Tensor) -> Moments:
+def data_moments(x_flat: Tensor, *, noise_variances: Tensor | None = None) -> Moments:
     """Moments of the rows of x_flat (N, D), in float64, with the 1/N covariance.
 
+    noise_variances: (D,), mean variances of independent noise that every reading of a row adds, 0 when omitted.
     The sign of each eigenvector, which the equation leaves open, is fixed: its largest entry is positive.
     """
     if x_flat.dim() != 2 or x_flat.shape[0] < 2:
@@ -35,7 +36,10 @@ def data_moments(x_flat: Tensor) -> Moments:
     x = x_flat.double()
     mean = x.mean(dim=0)
     centred = x - mean
-    eigenvalues, eigenvectors = torch.linalg.eigh(centred.T @ centred / len(x))
+    covariance = centred.T @ centred / len(x)
+    if noise_variances is not None:
+        covariance.diagonal().add_(noise_variances)
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     eigenvalues, eigenvectors = eigenvalues.flip(0).clamp_min(0.0), eigenvectors.flip(1)
     largest = eigenvectors.gather(0, eigenvectors.abs().argmax(dim=0, keepdim=True))
     return Moments(mean=mean, eigenvalues=eigenvalues, eigenvectors=(eigenvectors * largest.sign()).contiguous())

@@ -3,10 +3,11 @@
 A folder of prepared data holds `<split>-00000-of-00002.parquet` files (column `data`: float32 tensors in data units;
 column `label`: int64, -1 for none), `moments.safetensors` (of the train split, model space) and `manifest.json`:
 
-    {"schema_version": 1, "name", "kind", "event_shape", "range", "num_classes", "class_names",
+    {"schema_version": 1, "name", "kind", "event_shape", "range", "row_form", "num_classes", "class_names",
      "splits": {"train": {"rows", "files": [{"name", "rows", "sha256"}]}, "heldout": ...},
      "moments": {"name", "sha256"}}
 
+`row_form` says what a row is, a sample when it is left out; posteriors of latents have twice the channels.
 Any Parquet reader understands the shards. Whatever is damaged is refused with one line that names the file.
 """
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.data.datasets import Dataset, Split
+from mfm_ray.data.latents import check_row_form, mean_and_std, row_shape
 from mfm_ray.data.moments import Moments, data_moments
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
@@ -56,10 +58,17 @@ class Manifest:
     moments_sha256: str
     sha256: str
     """Hash of manifest.json, and so of everything it vouches for: two data sets are the same when it is."""
+    row_form: str = "sample"
+    """What a row is, see `Dataset`."""
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a stored row: that of a sample, with twice the channels where rows are posteriors."""
+        return row_shape(self.space.event_shape, self.row_form)
 
     def rows(self, split: str) -> int:
         """Number of rows of a split; InputError naming the splits there are."""
@@ -76,23 +85,22 @@ class Manifest:
 def write_shards(target: str | Path | Storage, dataset: Dataset, *, rows_per_file: int = 8_192) -> Manifest:
     """Writes a data set in place of an older one at `target`; until it is complete the older one stays.
 
-    InputError, before anything is written, for NaN, infinities, values out of the data's range and wrong labels
-    (naming split and row), and for a target that holds something other than prepared data.
+    InputError, before anything is written, for NaN, infinities, values out of the data's range, negative standard
+    deviations and wrong labels (naming split and row), and for a target that holds something other than prepared data.
     """
     storage = Storage(target)
+    check_row_form(dataset.row_form, dataset.space)
     for name, split in dataset.splits.items():
-        _check_values(split, dataset.space, dataset.num_classes, where=f"{dataset.name} {name}")
+        _check_values(split, dataset.space, dataset.row_form, dataset.num_classes, where=f"{dataset.name} {name}")
         if len(split) == 0:
             raise InputError(f"{dataset.name} {name} has no rows")
     if storage.exists() and not storage.exists(MANIFEST) and (not storage.is_dir() or storage.listdir()):
         raise InputError(f"output={storage} holds something other than prepared data, it is left as it is")
-    train = dataset.splits["train"].data.flatten(1)
-    moments = data_moments(dataset.space.to_model_space(train.double()))
+    moments, shape = _moments(dataset), row_shape(dataset.space.event_shape, dataset.row_form)
     with storage.replace_dir(marker=MANIFEST) as folder:
         local = Storage(folder)
         splits = {
-            name: _write_split(local, name, split, dataset.space, rows_per_file)
-            for name, split in dataset.splits.items()
+            name: _write_split(local, name, split, shape, rows_per_file) for name, split in dataset.splits.items()
         }
         local.write_json(MANIFEST, _manifest(dataset, splits, _write_moments(local, moments)))
     return read_manifest(storage)
@@ -153,8 +161,18 @@ def verify_shards(source: str | Path | Storage) -> Manifest:
     return manifest
 
 
+def _moments(dataset: Dataset) -> Moments:
+    """Of the train split in model space; those of posteriors are the moments of what is drawn from them."""
+    rows, space = dataset.splits["train"].data.double(), dataset.space
+    if dataset.row_form == "sample":
+        return data_moments(space.to_model_space(rows.flatten(1)))
+    mean, std = mean_and_std(rows, dataset.row_form)
+    variances = (std.flatten(1) / space.data_units_per_model_unit).square().mean(0)
+    return data_moments(space.to_model_space(mean.flatten(1)), noise_variances=variances)
+
+
 def _write_split(
-    storage: Storage, name: str, split: Split, space: DataSpace, rows_per_file: int
+    storage: Storage, name: str, split: Split, shape: tuple[int, ...], rows_per_file: int
 ) -> list[dict[str, Any]]:
     count = -(-len(split) // rows_per_file)
     files = []
@@ -162,7 +180,7 @@ def _write_split(
         rows = slice(index * rows_per_file, (index + 1) * rows_per_file)
         file_name = f"{name}-{index:05d}-of-{count:05d}.parquet"
         sink = pa.BufferOutputStream()
-        table = _table(split.data[rows], split.labels[rows], space)
+        table = _table(split.data[rows], split.labels[rows], shape)
         pq.write_table(table, sink, compression="zstd")
         content = sink.getvalue().to_pybytes()
         storage.write_bytes(file_name, content)
@@ -171,18 +189,18 @@ def _write_split(
     return files
 
 
-def _schema(space: DataSpace) -> pa.Schema:
+def _schema(shape: tuple[int, ...]) -> pa.Schema:
     return pa.schema(
         [
-            pa.field("data", pa.fixed_shape_tensor(pa.float32(), space.event_shape), nullable=False),
+            pa.field("data", pa.fixed_shape_tensor(pa.float32(), shape), nullable=False),
             pa.field("label", pa.int64(), nullable=False),
         ]
     )
 
 
-def _table(data: Tensor, labels: Tensor, space: DataSpace) -> pa.Table:
+def _table(data: Tensor, labels: Tensor, shape: tuple[int, ...]) -> pa.Table:
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(data.numpy(), dtype=np.float32))
-    return pa.Table.from_arrays([tensors, pa.array(labels.numpy(), pa.int64())], schema=_schema(space))
+    return pa.Table.from_arrays([tensors, pa.array(labels.numpy(), pa.int64())], schema=_schema(shape))
 
 
 def _write_moments(storage: Storage, moments: Moments) -> str:
@@ -197,6 +215,7 @@ def _manifest(dataset: Dataset, splits: Mapping[str, list[dict[str, Any]]], mome
         "schema_version": SCHEMA_VERSION,
         "name": dataset.name,
         **dataset.space.config(),
+        **({"row_form": dataset.row_form} if dataset.row_form != "sample" else {}),
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names),
         "splits": {
@@ -226,13 +245,16 @@ def _parse_manifest(raw: Mapping[str, Any], digest: str) -> Manifest:
     class_names = tuple(str(name) for name in raw["class_names"])
     if raw["num_classes"] != len(class_names):
         raise ValueError(f"num_classes={raw['num_classes']} but {len(class_names)} class_names")
+    space, row_form = DataSpace.from_config(raw), str(raw.get("row_form", "sample"))
+    check_row_form(row_form, space)
     return Manifest(
         name=str(raw["name"]),
-        space=DataSpace.from_config(raw),
+        space=space,
         class_names=class_names,
         files=files,
         moments_sha256=str(raw["moments"]["sha256"]),
         sha256=digest,
+        row_form=row_form,
     )
 
 
@@ -260,14 +282,14 @@ def _read_shard(storage: Storage, file: ShardFile, manifest: Manifest) -> Split:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    expected = _schema(manifest.space)
+    expected = _schema(manifest.row_shape)
     if table.schema.names != expected.names or table.schema.types != expected.types:
         raise InputError(f"{where} has columns {_columns(table.schema)}, expected {_columns(expected)}")
     if table.num_rows != file.rows or any(column.null_count for column in table.columns):
         raise InputError(f"{where} has {table.num_rows} rows (or empty cells), {MANIFEST} says {file.rows}")
     data = table["data"].combine_chunks().to_numpy_ndarray()
     split = Split(torch.tensor(data), torch.tensor(table["label"].to_numpy()))
-    _check_values(split, manifest.space, manifest.num_classes, where=where)
+    _check_values(split, manifest.space, manifest.row_form, manifest.num_classes, where=where)
     return split
 
 
@@ -275,11 +297,12 @@ def _columns(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _check_values(split: Split, space: DataSpace, num_classes: int, *, where: str) -> None:
+def _check_values(split: Split, space: DataSpace, row_form: str, num_classes: int, *, where: str) -> None:
     data, labels = split.data, split.labels
-    if data.shape[1:] != space.event_shape or labels.shape != data.shape[:1]:
+    shape = row_shape(space.event_shape, row_form)
+    if data.shape[1:] != shape or labels.shape != data.shape[:1]:
         shapes = f"{list(data.shape)} with labels {list(labels.shape)}"
-        raise InputError(f"{where}: data of shape {shapes}, expected (rows, {space.event_shape}) and (rows,)")
+        raise InputError(f"{where}: data of shape {shapes}, expected (rows, {shape}) and (rows,)")
     flat = data.flatten(1)
     if (row := _first(~flat.isfinite().all(dim=1))) is not None:
         raise InputError(f"{where} row {row}: NaN or infinity in the data")
@@ -287,6 +310,10 @@ def _check_values(split: Split, space: DataSpace, num_classes: int, *, where: st
         low, high = space.data_range
         if (row := _first(((flat < low) | (flat > high)).any(dim=1))) is not None:
             raise InputError(f"{where} row {row}: pixel outside [{low:g}, {high:g}]")
+    if row_form == "mean_std":
+        _, std = mean_and_std(data, row_form)
+        if (row := _first((std.flatten(1) < 0).any(dim=1))) is not None:
+            raise InputError(f"{where} row {row}: negative standard deviation (a log-variance?)")
     if (row := _first((labels < -1) | (labels >= num_classes))) is not None:
         raise InputError(f"{where} row {row}: label {int(labels[row])}, expected -1 to {num_classes - 1}")
 
