@@ -130,8 +130,8 @@ def check_compatible(
                 f"{key}={ours}: {checkpoint.uri} was written with {theirs}; resume with {key}={theirs}"
             )
     if list(ema_decays) != state.ema_decays:
-        theirs, ours = (json.dumps(list(decays)) for decays in (state.ema_decays, ema_decays))
-        raise CheckpointError(f"ema_decay={ours}: {checkpoint.uri} holds averages of {theirs}; resume with those")
+        held, wanted = (json.dumps(list(decays)) for decays in (state.ema_decays, ema_decays))
+        raise CheckpointError(f"ema_decay={wanted}: {checkpoint.uri} holds averages of {held}; resume with those")
     for group in ("network", "interpolant", "data", "cfg_scales"):
         difference = _first_difference(state.model.get(group), model.get(group), group)
         if difference is not None:
