@@ -26,7 +26,7 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier, train_classifier
 from mfm_ray.noise import KeyedNoise
-from mfm_ray.objectives import semigroup
+from mfm_ray.objectives import named_objective
 from mfm_ray.protocols import comparison, problems
 from mfm_ray.samplers import refine, sample
 from mfm_ray.steering import GradientGuidance
@@ -98,7 +98,7 @@ def measure(
 
 def train(flow_map: FlowMap, data: Dataset, jitter: AffineJitter, seconds: float) -> tuple[FlowMap, int]:
     """Adam with warm-up and a moving average until the CPU seconds are spent; the learning rate falls with them."""
-    objective, average = semigroup(), copy.deepcopy(flow_map).requires_grad_(False)
+    objective, average = named_objective("semigroup"), copy.deepcopy(flow_map).requires_grad_(False)
     optimiser = torch.optim.Adam(flow_map.parameters(), lr=1e-3, fused=True)
     order = SampleOrder(num_rows=len(data.splits["train"]), seed=0, global_batch_size=BATCH)
     began, step = time.process_time(), 0
@@ -125,7 +125,7 @@ def diagonal_error(flow_map: FlowMap, data: Dataset, split: str) -> float:
     """Mean diagonal squared error over 1,960 draws of (image, times, noise), the same ones for every network."""
     images = data.splits[split].data[:196].repeat(10, 1, 1, 1)
     batch = Batch(data.space.to_model_space(images), None, torch.arange(len(images)))
-    losses = semigroup()(flow_map, batch, noise=KeyedNoise.for_rows(99, batch.rows))
+    losses = named_objective("semigroup")(flow_map, batch, noise=KeyedNoise.for_rows(99, batch.rows))
     return float(losses.squared_errors["diagonal"].mean())
 
 

@@ -10,7 +10,7 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.glass import posterior_velocity
 from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.noise import KeyedNoise
-from mfm_ray.objectives import Objective, semigroup
+from mfm_ray.objectives import Objective, named_objective
 from mfm_ray.samplers import Samples, refine, sample
 from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance
 from mfm_ray.values import ValueEstimate, estimate_value
@@ -35,11 +35,11 @@ __all__ = [
     "ValueEstimate",
     "estimate_value",
     "load_flow_map",
+    "named_objective",
     "posterior_velocity",
     "refine",
     "rewards",
     "sample",
-    "semigroup",
 ]
 
 

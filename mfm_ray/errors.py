@@ -33,3 +33,9 @@ def refuse_unknown_arguments(
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"{group}.{name}: unknown key; expected {', '.join(known) or 'no further keys'}{hint}")
+
+
+def require(ok: bool, name: str, value: object, allowed: str) -> None:
+    """InputError `name=value: expected allowed` unless ok."""
+    if not ok:
+        raise InputError(f"{name}={value}: expected {allowed}")

@@ -23,7 +23,7 @@ class FlowMap(nn.Module, ABC):
     conditioning time 0, where the outer state carries no information.
 
     Shapes: states (B, *event), times (B,) float in [0, 1], labels (B,) int64 in [0, num_classes] or None (the null
-    class, which is index num_classes), cfg_scale a value of `cfg_scales` or None.
+    class, which is index num_classes), cfg_scale a value of `cfg_scales`, one for each row (B,), or None.
 
     Args:
         space: the model's space, event shape and the way to data units.
@@ -51,7 +51,7 @@ class FlowMap(nn.Module, ABC):
         t: Tensor,
         x_t: Tensor,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
         """Average velocity of the inner flow over [s, u], (B, *event); the instantaneous one where s = u."""
 
@@ -63,6 +63,10 @@ class FlowMap(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """What `networks.build_network` needs to build this network again, JSON-able."""
 
+    def in_full_precision(self) -> FlowMap:
+        """The same map computed in float32, whatever autocast it is wrapped in."""
+        return self
+
     def forward(
         self,
         x_s: Tensor,
@@ -72,13 +76,15 @@ class FlowMap(nn.Module, ABC):
         t: Tensor,
         x_t: Tensor,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
         """The map X_{s,u}(x_s) = x_s + (u - s) v_{s,u}(x_s), (B, *event); x_s itself where s = u."""
         velocity = self.velocity(x_s, s, u, t=t, x_t=x_t, label=label, cfg_scale=cfg_scale)
         return x_s + expand_time(u - s, x_s) * velocity
 
-    def drift(self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, cfg_scale: float | None = None) -> Tensor:
+    def drift(
+        self, x_t: Tensor, t: Tensor, *, label: Tensor | None = None, cfg_scale: float | Tensor | None = None
+    ) -> Tensor:
         """Marginal velocity b_t(x) = E[x_1 - x_0 | x_t = x], (B, *event): the diagonal at conditioning time 0."""
         zero = torch.zeros_like(t)
         return self.velocity(x_t, t, t, t=zero, x_t=torch.zeros_like(x_t), label=label, cfg_scale=cfg_scale)
@@ -97,7 +103,7 @@ class FlowMap(nn.Module, ABC):
         num_draws: int,
         generator: torch.Generator | Noise,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
         num_steps: int = 1,
     ) -> Tensor:
         """i.i.d. draws x_1 ~ p(x_1 | x_t), (B, num_draws, *event), differentiable in x_t at fixed inner noise.

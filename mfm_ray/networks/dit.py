@@ -19,6 +19,7 @@ from torch.nn import functional
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.attention import attention
+from mfm_ray.networks.guidance import guidance_index
 
 _FREQUENCIES = 128
 
@@ -177,7 +178,7 @@ class DiTFlowMap(FlowMap):
         t: Tensor,
         x_t: Tensor,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
         s, u = (1 - s, 1 - u) if self.time_flip else (s, u)  # the conditioning time is never flipped
         outer_time = self.t_cond_embedder(t)
@@ -201,10 +202,7 @@ class DiTFlowMap(FlowMap):
         return {"name": "dit", **{name: getattr(self, name) for name in names}, "cfg_scales": list(self.cfg_scales)}
 
     def _guidance_row(self, cfg_scale: float | Tensor | None, like: Tensor) -> Tensor:
-        """Rows of the guidance table, by nearest scale; none given means 1."""
-        given = torch.as_tensor(1.0 if cfg_scale is None else cfg_scale, device=like.device).expand(like.shape)
-        known = torch.tensor((1.0, *self.cfg_scales), device=like.device)
-        return self.guidance_embedder((given.unsqueeze(-1) - known).abs().argmin(-1))
+        return self.guidance_embedder(guidance_index(cfg_scale, self.cfg_scales, like))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, T, p p C) with the channel fastest to (B, C, H, W)."""

@@ -203,7 +203,7 @@ class GaussianMixtureFlowMap(FlowMap):
         t: Tensor,
         x_t: Tensor,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
         posterior = self.mixture.posterior(x_t, t)
         if torch.equal(s, u):
@@ -211,7 +211,7 @@ class GaussianMixtureFlowMap(FlowMap):
         # A mean of slopes, not a difference of states over u - s: that would cancel for short steps.
         scale = self.posterior_spread(t) / math.sqrt(self.mixture.dim)
         mean, time = torch.zeros_like(x_s), s
-        for share in _step_shares(s, u, scale, self.num_inner_steps):
+        for share in _step_shares(s, u, scale, self.num_inner_steps).unbind(0):
             step = share * (u - s)
             slope = _runge_kutta_slope(posterior, x_s + expand_time(u - s, x_s) * mean, time, step)
             mean, time = mean + expand_time(share, x_s) * slope, time + step

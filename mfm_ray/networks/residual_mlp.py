@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.guidance import guidance_index
 from mfm_ray.networks.preconditioning import GaussianPreconditioner
 
 
@@ -71,7 +73,8 @@ class ResidualMLPFlowMap(FlowMap):
     forward-mode derivatives exist.
 
     Args:
-        space: the model's space; width, num_blocks: of the residual network; num_classes: 0 for unconditional.
+        space: the model's space; width, num_blocks: of the residual network; num_classes: 0 for unconditional;
+            cfg_scales: guidance scales to be told, none by default.
         mean, variances, basis: moments of the data in model space, (D,), (D,), (D, D); standard normal when omitted (a
             loaded checkpoint brings its own).
     """
@@ -83,11 +86,12 @@ class ResidualMLPFlowMap(FlowMap):
         width: int,
         num_blocks: int,
         num_classes: int = 0,
+        cfg_scales: Sequence[float] = (),
         mean: Tensor | None = None,
         variances: Tensor | None = None,
         basis: Tensor | None = None,
     ) -> None:
-        super().__init__(space, num_classes=num_classes)
+        super().__init__(space, num_classes=num_classes, cfg_scales=tuple(cfg_scales))
         _require_positive(width=width, num_blocks=num_blocks)
         size = math.prod(space.event_shape)
         self.width, self.num_blocks = width, num_blocks
@@ -100,6 +104,7 @@ class ResidualMLPFlowMap(FlowMap):
         self.time_features = TimeFeatures()
         self.embed_times = nn.Sequential(nn.Linear(5 * 16, condition_width), nn.SiLU())
         self.embed_label = nn.Embedding(num_classes + 1, condition_width) if num_classes else None
+        self.embed_guidance = nn.Embedding(1 + len(self.cfg_scales), condition_width) if self.cfg_scales else None
         self.network = ResidualMLP(3 * size, size, width=width, num_blocks=num_blocks, condition_width=condition_width)
 
     def velocity(
@@ -111,15 +116,17 @@ class ResidualMLPFlowMap(FlowMap):
         t: Tensor,
         x_t: Tensor,
         label: Tensor | None = None,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
-        if cfg_scale is not None:
+        if cfg_scale is not None and self.embed_guidance is None:
             raise ValueError(f"cfg_scale={cfg_scale}: this model was trained without guidance scales; leave it out")
         g = self.gaussian(self.gaussian.rotate(x_s), s, u, y_t=self.gaussian.rotate(x_t), t=t)
         times = torch.cat([self.time_features(time) for time in (s, u, t, u - s, g.merged_time)], dim=-1)
         condition = self.embed_times(times)
         if self.embed_label is not None:
             condition = condition + self.embed_label(self.label_or_null(label, s))
+        if self.embed_guidance is not None:
+            condition = condition + self.embed_guidance(guidance_index(cfg_scale, self.cfg_scales, s))
         correction = self.network(torch.cat([g.inner, g.outer, g.merged], dim=-1), condition)
         return self.gaussian.rotate_back(g.velocity + g.scale * correction.float(), x_s)
 
@@ -127,7 +134,8 @@ class ResidualMLPFlowMap(FlowMap):
         return self.gaussian.posterior_variances(t).sum(-1).sqrt()
 
     def config(self) -> dict[str, Any]:
-        return {"name": "residual_mlp", "width": self.width, "num_blocks": self.num_blocks}
+        size = {"width": self.width, "num_blocks": self.num_blocks}
+        return {"name": "residual_mlp", **size, "cfg_scales": list(self.cfg_scales)}
 
 
 def _require_positive(**sizes: int) -> None:

@@ -21,7 +21,6 @@ from mfm_ray.data import datasets
 from mfm_ray.data.shards import Manifest, read_manifest, write_shards
 from mfm_ray.errors import InputError
 from mfm_ray.networks import build_network
-from mfm_ray.objectives import build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
@@ -32,6 +31,7 @@ from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
 from mfm_ray.training.progress import ProgressDisplay
 from mfm_ray.training.session import Plan
+from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 
 CHECKPOINTS = "checkpoints"
 _BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
@@ -72,7 +72,7 @@ def check_config(config: TrainConfig) -> None:
     workers = num_workers(config)
     zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
-    build_objective(config.objective)
+    check_objective(config.objective)
     ema_decays(config.ema_decay)
     if config.data.path is None and config.data.name not in _BUNDLED:
         raise InputError(
@@ -102,6 +102,7 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     model = model_config(typed, manifest)
     if typed.augmentation.rate > 0 and manifest.space.kind != "image":
         raise InputError(f"augmentation.rate={typed.augmentation.rate}: {manifest.name} holds no images, expected 0")
+    check_teacher(typed.objective, manifest)
     found = newest_checkpoint(storage)
     if found is not None and not resume:
         raise InputError(f"{storage.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
@@ -119,7 +120,9 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     elif resume:
         log("nothing to resume, starting from the beginning")
     if found is None or not is_complete(typed, found.state):
-        fit(Plan(config=dict(config), data=data, run=storage, model=model, cuda=uses_gpu(typed)), typed, log)
+        teacher = teacher_location(typed.objective)
+        cuda = uses_gpu(typed)
+        fit(Plan(config=dict(config), data=data, run=storage, model=model, cuda=cuda, teacher=teacher), typed, log)
         found = newest_checkpoint(storage)
     assert found is not None, "a finished run has a checkpoint"
     return finish(typed, storage, data, found, log)

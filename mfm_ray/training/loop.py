@@ -57,7 +57,7 @@ def training_step(training: Training, step: int) -> None:
     engine, rows, began = training.engine, [], time.perf_counter()
     for batch, noise in training.data.micro_batches(step):
         training.data_seconds += time.perf_counter() - began
-        loss, terms = engine.forward(batch, noise)
+        loss, terms = engine.forward(batch, noise, step)
         engine.backward(loss)
         engine.step(training.learning_rate(step))
         rows.append(terms)

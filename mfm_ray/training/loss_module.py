@@ -24,13 +24,13 @@ class LossModule(nn.Module):
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision={precision!r}: expected fp32 or bf16")
         self.flow_map = flow_map
-        self._objective = objective
+        self.objective = objective
         # in a tuple, so that it is not registered: the same weights must not have a second name
         self._seen = (AutocastFlowMap(flow_map) if precision == "bf16" else flow_map,)
 
-    def forward(self, batch: Examples, noise: Noise) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Examples, noise: Noise, step: int) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, (), and detached [mean loss, mean squared error by term]."""
-        losses = self._objective(self._seen[0], batch, noise=noise)
+        losses = self.objective(self._seen[0], batch, noise=noise, step=step)
         loss = losses.total.mean()
         return loss, torch.stack([loss.detach(), *(error.mean() for error in losses.squared_errors.values())])
 
@@ -48,6 +48,9 @@ class AutocastFlowMap(FlowMap):
 
     def posterior_spread(self, t: Tensor) -> Tensor:
         return self._inner.posterior_spread(t)
+
+    def in_full_precision(self) -> FlowMap:
+        return self._inner
 
     def config(self) -> dict[str, Any]:
         return self._inner.config()

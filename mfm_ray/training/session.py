@@ -27,6 +27,7 @@ from mfm_ray.storage import Storage
 from mfm_ray.training.ema import ShardedEMA, ema_decays
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.metrics_log import StepWindow
+from mfm_ray.training.teacher import load_teacher
 from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare, split_batch, zero_config
 
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (its largest value) of malloc.h, in bytes
@@ -38,7 +39,8 @@ class Plan:
     """What the driver tells every worker; plain values, so that it travels and is kept in checkpoints.
 
     config: the resolved training configuration; data, run: locations of the shards and of the run's folder;
-    model: the config.json of the model; progress: handle of the actor that shows progress, or None.
+    model: the config.json of the model; teacher: the model directory that is distilled, or None; progress: handle of
+    the actor that shows progress, or None.
     """
 
     config: dict[str, Any]
@@ -46,6 +48,7 @@ class Plan:
     run: Storage
     model: dict[str, Any]
     cuda: bool
+    teacher: Storage | None = None
     progress: Any = None
 
 
@@ -81,10 +84,11 @@ def set_up(plan: Plan) -> Training:
     torch.set_num_threads(max(1, int(config.scaling.resources_per_worker.get("CPU", 1))))
     split = split_batch(config.global_batch_size, num_workers=world_size, micro_batch_size=config.micro_batch_size)
     flow_map = build_flow_map(plan, config)
-    objective = build_objective(config.objective)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if plan.cuda else torch.device("cpu")
+    teacher = load_teacher(plan.teacher, precision=config.precision, device=device)
+    objective = build_objective(config.objective, teacher=teacher)
     engine = prepare(
-        LossModule(flow_map.to(device), objective, precision=config.precision),
+        LossModule(flow_map.to(device), objective.to(device), precision=config.precision),
         optimizer=vars(config.optimizer),
         config=zero_config(
             stage=config.zero.stage,
@@ -138,7 +142,7 @@ def build_flow_map(plan: Plan, config: TrainConfig) -> FlowMap:
 
 def metric_names(objective: Objective) -> list[str]:
     """The columns of a step's metrics: mean loss, raw squared error by term, gradient norm."""
-    return ["loss", *(f"squared_error.{term.name}" for term, _ in objective.terms), "gradient_norm"]
+    return ["loss", *(f"squared_error.{weighted.term.name}" for weighted in objective.terms), "gradient_norm"]
 
 
 @dataclass
