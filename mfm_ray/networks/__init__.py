@@ -13,6 +13,7 @@ from mfm_ray.errors import refuse_unknown_arguments
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
+from mfm_ray.networks.unet import UNetFlowMap
 
 
 def _data_std(moments: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -30,6 +31,7 @@ class Entry:
 NETWORKS = {
     "residual_mlp": Entry(ResidualMLPFlowMap, dict),
     "dit": Entry(DiTFlowMap, _data_std),
+    "unet": Entry(UNetFlowMap, dict),
 }
 _SUPPLIED = ("space", "num_classes", "mean", "variances", "basis")  # from the data, not from a configuration
 

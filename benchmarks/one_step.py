@@ -1,0 +1,100 @@
+"""Does a model draw digits in one network call? A judge reads its unlabelled samples, beside those of real images.
+
+    python -m benchmarks.one_step --model runs/mnist/model --data data/mnist [--picture FILE]
+
+No cluster, one thread, under a minute. Writes benchmarks/results/one_step.md. The judge is the classifier beside the
+model, trained on real digits. `confident` is the share of images that it reads with more than 0.9, `nearest` the median
+distance (root of summed squares, pixels 0 to 1) to the nearest training image: samples that lie much nearer than
+held-out digits do are copies. --picture draws 64 one-step samples, not selected.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfm_ray.data.shards import load_split
+from mfm_ray.metrics import class_confidence, class_frequencies, class_probabilities
+from mfm_ray.networks.classifier import DigitClassifier
+from mfm_ray.networks.flops import forward_flops
+from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
+from mfm_ray.reporting.pictures import grid, png
+from mfm_ray.samplers import refine
+
+RESULTS = Path(__file__).parent / "results" / "one_step.md"
+STEP_COUNTS = (1, 2, 4)
+NUM_SAMPLES, NUM_SHOWN = 1000, 64
+CONFIDENT = 0.9
+_SAMPLING_SEED = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a judge says of a set of images, and how far they are from the training images."""
+
+    name: str
+    confident: float
+    confidence: float
+    frequencies: Tensor
+    nearest: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model directory with a classifier in it")
+    parser.add_argument("--data", required=True, help="the prepared data it was trained on")
+    parser.add_argument("--picture", type=Path, help="PNG of one-step samples to write")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    flow_map, judge = load_flow_map(given.model), load_classifier(given.model)
+    train, heldout = load_split(given.data, "train").data, load_split(given.data, "heldout").data
+    samples = {
+        steps: refine(flow_map, num_samples=NUM_SAMPLES, num_steps=steps, seed=_SAMPLING_SEED) for steps in STEP_COUNTS
+    }
+    images = {f"samples, {steps} step" + "s" * (steps > 1): drawn for steps, drawn in samples.items()}
+    rows = [measure(name, drawn, judge, train) for name, drawn in (images | {"held-out digits": heldout}).items()]
+    training = read_model_config(given.model)["training"]
+    heading = f"{training['steps']} steps, {forward_flops(flow_map) / 1e6:.0f} MFLOP a call, {NUM_SAMPLES:,} samples."
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(table(heading, rows))
+    print(RESULTS.read_text())
+    if given.picture is not None:
+        given.picture.write_bytes(png(grid(samples[1][:NUM_SHOWN], zoom=2)))
+
+
+def measure(name: str, images: Tensor, judge: DigitClassifier, train: Tensor) -> Row:
+    probabilities = class_probabilities(judge, images)
+    confidence = class_confidence(probabilities)
+    return Row(
+        name=name,
+        confident=float((confidence > CONFIDENT).double().mean()),
+        confidence=float(confidence.mean()),
+        frequencies=class_frequencies(probabilities),
+        nearest=float(nearest_distances(images, train).median()),
+    )
+
+
+def nearest_distances(images: Tensor, train: Tensor) -> Tensor:
+    """Euclidean distance from each image to the nearest of `train`, (N,)."""
+    return torch.cat([torch.cdist(part.flatten(1), train.flatten(1)).min(1).values for part in images.split(256)])
+
+
+def table(heading: str, rows: Sequence[Row]) -> str:
+    return "\n".join([heading, "", *_lines(rows), "", "Made by `python -m benchmarks.one_step`.", ""])
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| images | confident | mean confidence | share of each class, 0 to 9, in percent | nearest |"
+    yield "|---|---|---|---|---|"
+    for row in rows:
+        shares = " ".join(f"{100 * share:.0f}" for share in row.frequencies)
+        yield f"| {row.name} | {100 * row.confident:.1f} % | {row.confidence:.3f} | {shares} | {row.nearest:.2f} |"
+
+
+if __name__ == "__main__":
+    main()
