@@ -60,7 +60,9 @@ def test_what_a_recipe_names_can_be_built(experiment: str) -> None:
     assert isinstance(config, TrainConfig)
     assert config.name == experiment
     build_objective(config.objective)
-    build_network(config.network, space=DataSpace(kind="coordinates", event_shape=(2,)))
+    shape = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "gmm": (2,)}[config.data.name]
+    space = DataSpace(kind="coordinates" if len(shape) == 1 else "image", event_shape=shape)
+    build_network(config.network, space=space, num_classes=10)
 
 
 def test_choices_and_registries_name_the_same_classes() -> None:
