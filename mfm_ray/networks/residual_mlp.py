@@ -10,20 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from mfm_ray.data_space import DataSpace
+from mfm_ray.errors import require
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.guidance import guidance_index
 from mfm_ray.networks.preconditioning import GaussianPreconditioner
 
+LOWEST_FREQUENCY, HIGHEST_FREQUENCY = 0.25, 0.25 * 2.0**5.25
+
 
 class TimeFeatures(nn.Module):
-    """cos and sin of a time in [0, 1] at `num_frequencies` frequencies 3/4 of an octave apart, (B,) to (B, 2 num)."""
+    """cos and sin of a time in [0, 1] at geometric frequencies up to `highest`, in cycles, (B,) to (B, 2 num).
+
+    The derivative of the network in time is as large as its fastest feature: conditions with tangents (Eulerian,
+    Lagrangian) want a slow one, below 1.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, num_frequencies: int = 8, *, lowest: float = 0.25) -> None:
+    def __init__(self, num_frequencies: int = 8, *, highest: float = HIGHEST_FREQUENCY) -> None:
         super().__init__()
-        octaves = torch.arange(num_frequencies) * 0.75
-        self.register_buffer("frequencies", 2 * math.pi * lowest * 2.0**octaves, persistent=False)
+        require(highest >= LOWEST_FREQUENCY, "max_time_frequency", highest, f"at least {LOWEST_FREQUENCY}")
+        octaves = torch.arange(num_frequencies) / (num_frequencies - 1) * math.log2(highest / LOWEST_FREQUENCY)
+        self.register_buffer("frequencies", 2 * math.pi * LOWEST_FREQUENCY * 2.0**octaves, persistent=False)
 
     def forward(self, time: Tensor) -> Tensor:
         angle = time.unsqueeze(-1) * self.frequencies
@@ -74,7 +82,8 @@ class ResidualMLPFlowMap(FlowMap):
 
     Args:
         space: the model's space; width, num_blocks: of the residual network; num_classes: 0 for unconditional;
-            cfg_scales: guidance scales to be told, none by default.
+            cfg_scales: guidance scales to be told, none by default; max_time_frequency: of the time features, in
+            cycles over [0, 1].
         mean, variances, basis: moments of the data in model space, (D,), (D,), (D, D); standard normal when omitted (a
             loaded checkpoint brings its own).
     """
@@ -87,6 +96,7 @@ class ResidualMLPFlowMap(FlowMap):
         num_blocks: int,
         num_classes: int = 0,
         cfg_scales: Sequence[float] = (),
+        max_time_frequency: float = HIGHEST_FREQUENCY,
         mean: Tensor | None = None,
         variances: Tensor | None = None,
         basis: Tensor | None = None,
@@ -94,14 +104,14 @@ class ResidualMLPFlowMap(FlowMap):
         super().__init__(space, num_classes=num_classes, cfg_scales=tuple(cfg_scales))
         _require_positive(width=width, num_blocks=num_blocks)
         size = math.prod(space.event_shape)
-        self.width, self.num_blocks = width, num_blocks
+        self.width, self.num_blocks, self.max_time_frequency = width, num_blocks, max_time_frequency
         self.gaussian = GaussianPreconditioner(
             mean=torch.zeros(size) if mean is None else mean,
             variances=torch.ones(size) if variances is None else variances,
             basis=torch.eye(size) if basis is None else basis,
         )
         condition_width = 128
-        self.time_features = TimeFeatures()
+        self.time_features = TimeFeatures(highest=max_time_frequency)
         self.embed_times = nn.Sequential(nn.Linear(5 * 16, condition_width), nn.SiLU())
         self.embed_label = nn.Embedding(num_classes + 1, condition_width) if num_classes else None
         self.embed_guidance = nn.Embedding(1 + len(self.cfg_scales), condition_width) if self.cfg_scales else None
@@ -135,7 +145,8 @@ class ResidualMLPFlowMap(FlowMap):
 
     def config(self) -> dict[str, Any]:
         size = {"width": self.width, "num_blocks": self.num_blocks}
-        return {"name": "residual_mlp", **size, "cfg_scales": list(self.cfg_scales)}
+        told = {"cfg_scales": list(self.cfg_scales), "max_time_frequency": self.max_time_frequency}
+        return {"name": "residual_mlp", **size, **told}
 
 
 def _require_positive(**sizes: int) -> None:

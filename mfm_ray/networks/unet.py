@@ -15,7 +15,7 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.attention import attention
 from mfm_ray.networks.guidance import guidance_index
 from mfm_ray.networks.preconditioning import GaussianPreconditioner, GaussianVelocity
-from mfm_ray.networks.residual_mlp import TimeFeatures
+from mfm_ray.networks.residual_mlp import HIGHEST_FREQUENCY, TimeFeatures
 
 _GROUPS = 8  # of every GroupNorm; widths are multiples of it
 _TIMES = 5  # s, u, t, u - s and the time of the merged observation
@@ -180,7 +180,8 @@ class UNetFlowMap(FlowMap):
         num_heads: of the attention.
         patch_size: pixels a side that share one position; 1 keeps every pixel, 4 is what a CPU likes at 28x28.
         condition_width: size of the embedding of times, label and guidance scale.
-        num_classes: 0 for unconditional; cfg_scales: guidance scales to be told, none by default.
+        num_classes: 0 for unconditional; cfg_scales: guidance scales to be told, none by default;
+            max_time_frequency: of the time features, in cycles over [0, 1].
         mean, variances, basis: moments of the data in model space, (D,), (D,), (D, D), D = C H W; standard normal when
             omitted (a loaded checkpoint brings its own).
     """
@@ -198,6 +199,7 @@ class UNetFlowMap(FlowMap):
         condition_width: int = 128,
         num_classes: int = 0,
         cfg_scales: Sequence[float] = (),
+        max_time_frequency: float = HIGHEST_FREQUENCY,
         mean: Tensor | None = None,
         variances: Tensor | None = None,
         basis: Tensor | None = None,
@@ -206,6 +208,7 @@ class UNetFlowMap(FlowMap):
         self.base_width, self.blocks_per_level, self.num_heads = base_width, blocks_per_level, num_heads
         self.channel_multipliers, self.attention_levels = tuple(channel_multipliers), tuple(attention_levels)
         self.patch_size, self.condition_width = patch_size, condition_width
+        self.max_time_frequency = max_time_frequency
         self._check()
         size = math.prod(space.event_shape)
         self.gaussian = GaussianPreconditioner(
@@ -213,7 +216,7 @@ class UNetFlowMap(FlowMap):
             variances=torch.ones(size) if variances is None else variances,
             basis=torch.eye(size) if basis is None else basis,
         )
-        self.time_features = TimeFeatures()
+        self.time_features = TimeFeatures(highest=max_time_frequency)
         self.embed_times = nn.Sequential(
             nn.Linear(_TIMES * 16, condition_width), nn.SiLU(), nn.Linear(condition_width, condition_width)
         )
@@ -254,7 +257,7 @@ class UNetFlowMap(FlowMap):
         return self.gaussian.posterior_variances(t).sum(-1).sqrt()
 
     def config(self) -> dict[str, Any]:
-        sizes = ("base_width", "blocks_per_level", "num_heads", "patch_size", "condition_width")
+        sizes = ("base_width", "blocks_per_level", "num_heads", "patch_size", "condition_width", "max_time_frequency")
         lists = ("channel_multipliers", "attention_levels", "cfg_scales")
         return {
             "name": "unet",

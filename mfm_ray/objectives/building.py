@@ -55,6 +55,7 @@ OBJECTIVES: dict[str, Callable[[Parts], IntervalTerm]] = {
 }
 """The consistency condition that each objective adds to the diagonal one."""
 
+_DEFAULT_SCALES = {"semigroup": 5.0}
 _DIAGONALS = ("data", "teacher")
 
 
@@ -67,7 +68,7 @@ def named_objective(
     diagonal: str = "data",
     diagonal_weighting: Mapping[str, Any] | None = None,
     consistency_weighting: Mapping[str, Any] | None = None,
-    consistency_scale: float = 5.0,
+    consistency_scale: float | None = None,
     label_dropout: float = 0.5,
     guidance_base_rate: float = 0.0,
     time_power: float = 1.0,
@@ -84,7 +85,8 @@ def named_objective(
     teacher_guidance: how it answers for a label at a guidance scale: "none" as it is, "plain" classifier-free guidance
     of a conditional teacher, "model" for one trained with model guidance at `teacher_trained_scale`.
     diagonal_weighting, consistency_weighting: {"name": ..., **arguments} of `WEIGHTINGS`; variance by default.
-    consistency_scale: factor of the consistency term. On digits 5 makes one-step draws sharper than 1 does.
+    consistency_scale: factor of the consistency term; None: 5 for semigroup, which on digits makes one-step draws
+    sharper than 1 does, and 1 for the conditions with derivatives, which larger factors make unstable.
     label_dropout, guidance_base_rate as in `Labels`; time_power, time_zero_rate, max_time, time_warmup_steps as in
     `ConditioningTimes`; interval_* as in `IntervalTimes`; tangent as in `Tangent`.
 
@@ -92,7 +94,8 @@ def named_objective(
     """
     require(name in OBJECTIVES, "objective.name", name, f"one of {', '.join(sorted(OBJECTIVES))}")
     require(diagonal in _DIAGONALS, "objective.diagonal", diagonal, f"one of {', '.join(_DIAGONALS)}")
-    require(consistency_scale > 0, "consistency_scale", consistency_scale, "a number above 0")
+    scale = _DEFAULT_SCALES.get(name, 1.0) if consistency_scale is None else consistency_scale
+    require(scale > 0, "consistency_scale", scale, "a number above 0")
     parts = Parts(
         tangent=Tangent(tangent),
         times=IntervalTimes(warmup_steps=interval_warmup_steps, anneal_steps=interval_anneal_steps),
@@ -106,7 +109,7 @@ def named_objective(
     consistency_term = WeightedTerm(
         OBJECTIVES[name](parts),
         build_weighting(consistency_weighting or default, group="objective.consistency_weighting"),
-        scale=consistency_scale,
+        scale=scale,
     )
     return Objective(
         [diagonal_term, consistency_term],
