@@ -34,7 +34,7 @@ from mfm_ray.training.launch import model_config
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.session import Plan, TrainingData, build_flow_map, set_up
 from mfm_ray.training.teacher import load_teacher, teacher_location
-from mfm_ray.training.zero import LearningRate, split_batch
+from mfm_ray.training.zero import LearningRate, split_batch, zero_config
 
 pytestmark = pytest.mark.ray  # no Ray, but groups of training processes
 
@@ -146,6 +146,14 @@ def perturbed_flow_map(plan: Plan, config: TrainConfig) -> FlowMap:
     return flow_map
 
 
+def nothing_stays_whole(**arguments: Any) -> dict[str, Any]:
+    """Stage 3 keeps small parameters on every rank, and all of these are small: shard them too."""
+    config = zero_config(**arguments)
+    if arguments["stage"] == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return config
+
+
 def run_case(case: Case, folder: Path, stage: int, world_size: int) -> dict[str, Any]:
     """Three steps on the sharded engine: global losses, full gradients by parameter, weights."""
     training = set_up(plan_of(settings(case, folder, stage, world_size), folder))
@@ -199,6 +207,7 @@ def run_reference(case: Case, folder: Path) -> dict[str, Any]:
 def worker(rank: int, stage: int, world_size: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     session.build_flow_map = perturbed_flow_map
+    session.zero_config = nothing_stays_whole
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in address.items()})
     store = f"file://{folder}/store-{stage}-{world_size}"
