@@ -105,6 +105,7 @@ class TrainConfig(JobConfig):
     checkpoints_to_keep: int = setting("checkpoints kept, the newest", minimum=1)
     log_every: int = setting("steps between lines of metrics.jsonl", minimum=1)
     sample_every: int = setting("steps between sample grids; 0: none", minimum=0)
+    trackers: list[str] = setting("where metrics go as well: mlflow, wandb", choices=("mlflow", "wandb"))
     classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
 
 

@@ -26,9 +26,13 @@ class Batch:
     def __len__(self) -> int:
         return self.data.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.data, self.label, self.rows) if tensor is not None]
+
     def to(self, device: torch.device | str) -> "Batch":
-        label = None if self.label is None else self.label.to(device)
-        return Batch(self.data.to(device), label, self.rows.to(device))
+        """A copy on the device. To a CUDA device it goes from pinned memory and is only enqueued on the stream."""
+        label = None if self.label is None else _copy(self.label, torch.device(device))
+        return Batch(_copy(self.data, torch.device(device)), label, _copy(self.rows, torch.device(device)))
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of at most `size` rows, in order."""
@@ -36,6 +40,11 @@ class Batch:
             part = slice(first, first + size)
             label = None if self.label is None else self.label[part]
             yield Batch(self.data[part], label, self.rows[part])
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    to_cuda = device.type == "cuda" and tensor.device.type == "cpu"
+    return tensor.pin_memory().to(device, non_blocking=True) if to_cuda else tensor.to(device)
 
 
 def read_batch(

@@ -32,6 +32,7 @@ from mfm_ray.training.metrics_log import METRICS_FILE
 from mfm_ray.training.progress import ProgressDisplay
 from mfm_ray.training.session import Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
+from mfm_ray.training.trackers import check_trackers
 
 CHECKPOINTS = "checkpoints"
 _BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
@@ -74,11 +75,22 @@ def check_config(config: TrainConfig) -> None:
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     check_objective(config.objective)
     ema_decays(config.ema_decay)
+    check_trackers(config.trackers)
     if config.data.path is None and config.data.name not in _BUNDLED:
         raise InputError(
             f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
             "prepare it with jobs.prepare_data and give its folder"
         )
+
+
+def check_images(config: TrainConfig, data: Manifest) -> None:
+    """InputError for keys that ask for images where the data are none."""
+    for key, value in {
+        "augmentation.rate": config.augmentation.rate,
+        "classifier_steps": config.classifier_steps,
+    }.items():
+        if value > 0 and data.space.kind != "image":
+            raise InputError(f"{key}={value}: {data.name} holds no images, expected 0")
 
 
 def num_workers(config: TrainConfig) -> int:
@@ -100,8 +112,7 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     data = prepare_data(typed, storage, log)
     manifest = read_manifest(data)
     model = model_config(typed, manifest)
-    if typed.augmentation.rate > 0 and manifest.space.kind != "image":
-        raise InputError(f"augmentation.rate={typed.augmentation.rate}: {manifest.name} holds no images, expected 0")
+    check_images(typed, manifest)
     check_teacher(typed.objective, manifest)
     found = newest_checkpoint(storage)
     if found is not None and not resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,15 @@ def train(plan: Plan) -> dict[str, float]:
     """The run of one worker; the last figures, which all ranks share."""
     training = set_up(plan)
     start = restore(training)
-    recorder = Recorder(training, start)
-    deadline = Deadline(training.config.max_seconds, already=training.seconds_before, device=training.engine.device)
-    config, last = training.config, start >= training.config.max_steps
+    with closing(training.feed), Recorder(training, start) as recorder:
+        run_steps(training, recorder, start)
+    return recorder.figures
+
+
+def run_steps(training: Training, recorder: Recorder, start: int) -> None:
+    """Every step from `start` to the end, and what is due after each. Collective."""
+    config = training.config
+    deadline = Deadline(config.max_seconds, already=training.seconds_before, device=training.engine.device)
     for step in range(start, config.max_steps):
         training_step(training, step)
         done = step + 1
@@ -48,23 +55,20 @@ def train(plan: Plan) -> dict[str, float]:
             recorder.save_checkpoint(done)
         if last:
             break
-    recorder.close()
-    return recorder.figures
 
 
 def training_step(training: Training, step: int) -> None:
     """One optimiser step: this worker's micro-batches, the update, the moving average."""
-    engine, rows, began = training.engine, [], time.perf_counter()
-    for batch, noise in training.data.micro_batches(step):
-        training.data_seconds += time.perf_counter() - began
-        loss, terms = engine.forward(batch, noise, step)
+    engine, figures, began = training.engine, [], time.perf_counter()
+    batches = training.feed.take(step)
+    training.data_seconds += time.perf_counter() - began
+    for batch, noise in batches:
+        loss, noted = engine.forward(batch, noise, step)
         engine.backward(loss)
         engine.step(training.learning_rate(step))
-        rows.append(terms)
-        began = time.perf_counter()
+        figures.append(noted)
     training.ema.update()
-    norm = torch.as_tensor(engine.gradient_norm, dtype=torch.float32, device=engine.device)
-    training.window.add(step + 1, torch.cat([torch.stack(rows).mean(0), norm.reshape(1)]))
+    training.note(step, torch.stack(figures))
 
 
 def restore(training: Training) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.noise import Noise
 from mfm_ray.objectives import Examples, Objective
+from mfm_ray.training.time_buckets import bucket_sums
 
 
 class LossModule(nn.Module):
@@ -29,10 +30,13 @@ class LossModule(nn.Module):
         self._seen = (AutocastFlowMap(flow_map) if precision == "bf16" else flow_map,)
 
     def forward(self, batch: Examples, noise: Noise, step: int) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate, (), and detached [mean loss, mean squared error by term]."""
+        """The loss to differentiate, (), and detached figures: [mean loss, mean squared error by term], followed by
+        the flat `bucket_sums` of the squared errors. One vector, so that no step waits for the device."""
         losses = self.objective(self._seen[0], batch, noise=noise, step=step)
         loss = losses.total.mean()
-        return loss, torch.stack([loss.detach(), *(error.mean() for error in losses.squared_errors.values())])
+        errors = torch.stack(list(losses.squared_errors.values()))
+        means = torch.cat([loss.detach().reshape(1), errors.mean(1)])
+        return loss, torch.cat([means, bucket_sums(errors, losses.time).flatten()])
 
 
 class AutocastFlowMap(FlowMap):

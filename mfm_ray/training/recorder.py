@@ -15,14 +15,20 @@ from mfm_ray.training.metrics_log import MetricsLog
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
 from mfm_ray.training.session import Training, build_flow_map
+from mfm_ray.training.throughput import memory_peak
+from mfm_ray.training.trackers import open_trackers
 
 
 class Recorder:
-    """What leaves the worker: metrics, progress, sample grids, checkpoints. All methods are collective."""
+    """What leaves the worker: metrics, progress, sample grids, checkpoints. Its methods are collective.
+
+    A context: leaving it closes the log and the trackers, which learn whether the run failed.
+    """
 
     def __init__(self, training: Training, start: int) -> None:
         self._training = training
         self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
+        self._trackers = open_trackers(training.config, training.plan.run) if training.rank == 0 else []
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
@@ -30,20 +36,24 @@ class Recorder:
     def record(self, done: int) -> None:
         """Average the figures since the last call; write a line of history."""
         training = self._training
-        means = training.window.flush()
-        interval, steps = time.monotonic() - self._interval_began, done - self._last_step
+        means = training.window.flush() | training.buckets.flush()
+        interval = time.monotonic() - self._interval_began
         numbers = {
             **means,
             "learning_rate": training.learning_rate(done - 1),
-            "images_per_second": steps * training.config.global_batch_size / interval,
+            **training.throughput.rates(range(self._last_step, done), interval),
             "data_seconds": training.data_seconds,
+            "compute_seconds": max(0.0, interval - training.data_seconds),
+            "memory_peak_bytes": memory_peak(training.engine.device),
             "seconds": training.seconds,
         }
         training.data_seconds = 0.0
         self.figures = {"step": done, **numbers}
         if self._log is not None:
             self._log.write(done, numbers)
-            self._tell_progress(done, numbers, steps / interval)
+            self._tell_progress(done, numbers)
+        for tracker in self._trackers:
+            tracker.log(done, numbers)
         self._begin_interval(done)
 
     def draw_samples(self, done: int) -> None:
@@ -67,18 +77,23 @@ class Recorder:
             ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self._begin_interval(done)
 
-    def close(self) -> None:
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._log is not None:
             self._log.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
-    def _tell_progress(self, done: int, numbers: dict[str, float], steps_per_second: float) -> None:
+    def _tell_progress(self, done: int, numbers: dict[str, float]) -> None:
         if self._training.plan.progress is not None:
             state = ProgressState(
                 step=done,
                 max_steps=self._training.config.max_steps,
                 loss=numbers["loss"],
                 images_per_second=numbers["images_per_second"],
-                steps_per_second=steps_per_second,
+                steps_per_second=numbers["steps_per_second"],
             )
             self._training.plan.progress.tell.remote(state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 
 from mfm_ray.config import TrainConfig
-from mfm_ray.data.augment import AffineJitter
-from mfm_ray.data.batch import Batch
-from mfm_ray.data.order import SampleOrder
-from mfm_ray.data.shards import load_moments, load_split, read_manifest
-from mfm_ray.data_space import DataSpace
+from mfm_ray.data.shards import load_moments, read_manifest
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
-from mfm_ray.noise import KeyedNoise
-from mfm_ray.objectives import Objective, build_objective
+from mfm_ray.objectives import Term, build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.ema import ShardedEMA, ema_decays
+from mfm_ray.training.feed import Feed, TrainingData
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.metrics_log import StepWindow
 from mfm_ray.training.teacher import load_teacher
+from mfm_ray.training.throughput import Throughput
+from mfm_ray.training.time_buckets import BucketWindow
 from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare, split_batch, zero_config
 
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (its largest value) of malloc.h, in bytes
@@ -62,9 +60,12 @@ class Training:
     ema: ShardedEMA
     flow_map: FlowMap
     data: TrainingData
+    feed: Feed
     split: BatchSplit
     learning_rate: LearningRate
     window: StepWindow
+    buckets: BucketWindow
+    throughput: Throughput
     rank: int
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -74,6 +75,13 @@ class Training:
     def seconds(self) -> float:
         """Seconds of training, those of earlier attempts included."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def note(self, step: int, figures: Tensor) -> None:
+        """Keep the figures of a step, (micro-steps, n) as `LossModule` returns them, without waiting for them."""
+        norm = torch.as_tensor(self.engine.gradient_norm, dtype=torch.float32, device=self.engine.device)
+        means, sums = figures.split([self.buckets.start, figures.shape[1] - self.buckets.start], dim=1)
+        self.window.add(step + 1, torch.cat([means.mean(0), norm.reshape(1)]))
+        self.buckets.add(sums.sum(0))
 
 
 def set_up(plan: Plan) -> Training:
@@ -87,6 +95,8 @@ def set_up(plan: Plan) -> Training:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if plan.cuda else torch.device("cpu")
     teacher = load_teacher(plan.teacher, precision=config.precision, device=device)
     objective = build_objective(config.objective, teacher=teacher)
+    terms = [weighted.term for weighted in objective.terms]
+    throughput = Throughput.count(flow_map.to(device), terms, config, workers=world_size)
     engine = prepare(
         LossModule(flow_map.to(device), objective.to(device), precision=config.precision),
         optimizer=vars(config.optimizer),
@@ -100,13 +110,15 @@ def set_up(plan: Plan) -> Training:
         ),
         gradient_clipping=config.gradient_clipping,
     )
+    data = TrainingData.load(plan.data, config, split, rank=rank, device=engine.device)
     return Training(
         plan=plan,
         config=config,
         engine=engine,
         ema=ShardedEMA(engine, decays=ema_decays(config.ema_decay)),
         flow_map=flow_map,
-        data=TrainingData.load(plan.data, config, split, rank=rank, device=engine.device),
+        data=data,
+        feed=Feed(data, end=config.max_steps),
         split=split,
         learning_rate=LearningRate(
             peak=config.optimizer.learning_rate,
@@ -114,7 +126,9 @@ def set_up(plan: Plan) -> Training:
             schedule=config.learning_rate_schedule,
             max_steps=config.max_steps,
         ),
-        window=StepWindow(metric_names(objective)),
+        window=StepWindow(metric_names(terms)),
+        buckets=BucketWindow([term.name for term in terms]),
+        throughput=throughput,
         rank=rank,
     )
 
@@ -140,58 +154,6 @@ def build_flow_map(plan: Plan, config: TrainConfig) -> FlowMap:
     )
 
 
-def metric_names(objective: Objective) -> list[str]:
+def metric_names(terms: Sequence[Term]) -> list[str]:
     """The columns of a step's metrics: mean loss, raw squared error by term, gradient norm."""
-    return ["loss", *(f"squared_error.{weighted.term.name}" for weighted in objective.terms), "gradient_norm"]
-
-
-@dataclass
-class TrainingData:
-    """The training split in memory, in data units, and this worker's way through it."""
-
-    x: Tensor
-    space: DataSpace
-    jitter: AffineJitter
-    labels: Tensor | None
-    sha256: str
-    order: SampleOrder
-    seed: int
-    split: BatchSplit
-    rank: int
-    device: torch.device
-
-    @classmethod
-    def load(
-        cls, source: Storage, config: TrainConfig, split: BatchSplit, *, rank: int, device: torch.device
-    ) -> TrainingData:
-        rows, manifest = load_split(source, "train"), read_manifest(source)
-        return cls(
-            x=rows.data,
-            space=manifest.space,
-            jitter=AffineJitter(**vars(config.augmentation)),
-            labels=rows.labels if bool((rows.labels >= 0).any()) else None,
-            sha256=manifest.sha256,
-            order=SampleOrder(num_rows=len(rows), seed=config.seed, global_batch_size=config.global_batch_size),
-            seed=config.seed,
-            split=split,
-            rank=rank,
-            device=device,
-        )
-
-    def micro_batches(self, step: int) -> Iterator[tuple[Batch, KeyedNoise]]:
-        """This worker's micro-batches of a step, each with its noise.
-
-        Noise is keyed by (seed, row of the global batch, step), that of the jitter too: the losses of a step do not
-        depend on how many workers and micro-steps share it.
-        """
-        index = self.order.rows(step, self.rank, self.split.num_workers)
-        positions = self.order.positions(self.rank, self.split.num_workers)
-        rows = torch.arange(positions.start, positions.stop)
-        images = self.jitter(self.x[index], KeyedNoise.for_rows(self.seed, rows).fold_in(step))
-        mine = Batch(
-            data=self.space.to_model_space(images),
-            label=None if self.labels is None else self.labels[index],
-            rows=rows,
-        )
-        for micro in mine.to(self.device).split(self.split.micro_batch_size):
-            yield micro, KeyedNoise.for_rows(self.seed, micro.rows).fold_in(step)
+    return ["loss", *(f"squared_error.{term.name}" for term in terms), "gradient_norm"]

@@ -181,7 +181,7 @@ def reference(folder: Path) -> dict[str, Any]:
         decay = min(0.9, (1 + step) / (10 + step))
         for name, tensor in flow_map.state_dict().items():
             average[name] = decay * average[name] + (1 - decay) * tensor
-        history.append([*terms.tolist(), float(norm)])
+        history.append([*terms[:3].tolist(), float(norm)])
     return {"history": history, "weights": dict(flow_map.state_dict()), "ema": average}
 
 
