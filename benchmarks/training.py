@@ -189,9 +189,9 @@ ENGINE_WORDS = [
     "augmentation.rate=0",
     "precision=fp32",
     "zero.stage=1",
-    "max_steps=60",
-    "log_every=10",
-    "checkpoint_every=60",
+    "max_steps=40",
+    "log_every=5",
+    "checkpoint_every=40",
     "sample_every=0",
     "classifier_steps=0",
 ]

@@ -5,7 +5,7 @@ from a `VelocitySource` (velocities.py), at states sampled from the data (states
 them per sample (weighting.py) and reduces nothing: the mean over the batch is taken once, by the trainer.
 """
 
-from mfm_ray.objectives.building import OBJECTIVES, build_objective, named_objective, needs_teacher, semigroup
+from mfm_ray.objectives.building import OBJECTIVES, build_objective, named_objective, needs_teacher
 from mfm_ray.objectives.conditions import (
     DiagonalTerm,
     EulerianTerm,
@@ -62,6 +62,5 @@ __all__ = [
     "build_objective",
     "named_objective",
     "needs_teacher",
-    "semigroup",
     "target_variance",
 ]

@@ -120,10 +120,6 @@ def named_objective(
     )
 
 
-def semigroup(**settings: Any) -> Objective:
-    return named_objective("semigroup", **settings)
-
-
 def build_teacher(flow_map: FlowMap, guidance: str, trained_scale: float) -> Teacher:
     require(guidance in TEACHERS, "objective.teacher_guidance", guidance, f"one of {', '.join(TEACHERS)}")
     if guidance == "model":

@@ -11,11 +11,11 @@ import torch
 
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
+from mfm_ray.training.device_peaks import memory_peak
 from mfm_ray.training.metrics_log import MetricsLog
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
 from mfm_ray.training.session import Training, build_flow_map
-from mfm_ray.training.throughput import memory_peak
 from mfm_ray.training.trackers import open_trackers
 
 

@@ -14,7 +14,7 @@ from mfm_ray.networks.flops import forward_flops
 from mfm_ray.networks.gaussian import GaussianMixture, GaussianMixtureFlowMap
 from mfm_ray.networks.unet import UNetFlowMap
 from mfm_ray.noise import KeyedNoise
-from mfm_ray.objectives import semigroup
+from mfm_ray.objectives import named_objective
 from mfm_ray.pretrained import load_flow_map, save_model
 from mfm_ray.training.loss_module import LossModule
 
@@ -172,7 +172,7 @@ def test_the_recipe_for_a_cpu_has_a_small_one_that_learns():
 
 def descend(flow_map: UNetFlowMap, *, side: int, rows: int, steps: int) -> list[float]:
     """Losses of optimiser steps on one batch of bright squares, always with the same noise."""
-    loss_module = LossModule(flow_map, semigroup(label_dropout=0.5), precision="bf16")
+    loss_module = LossModule(flow_map, named_objective("semigroup", label_dropout=0.5), precision="bf16")
     optimiser = torch.optim.Adam(flow_map.parameters(), lr=1e-3)
     images = torch.full((rows, 1, side, side), -1.0)
     images[:, :, side // 4 : side // 2, side // 4 : side // 2] = 1.0

@@ -10,7 +10,8 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.networks import build_network
 from mfm_ray.networks.flops import forward_flops
 from mfm_ray.objectives import Term, build_objective
-from mfm_ray.training.throughput import Throughput, device_peak, memory_peak, peak_flops
+from mfm_ray.training.device_peaks import device_peak, memory_peak, peak_flops
+from mfm_ray.training.throughput import Throughput
 
 
 class Cheap(Term):
