@@ -77,7 +77,16 @@ NETWORKS: dict[str, tuple[DataSpace, dict[str, Any], int]] = {  # space, network
     ),
     "UNet for 28x28": (
         DataSpace("image", (1, 28, 28)),
-        {"name": "unet", "channel_multipliers": [1], "blocks_per_level": 1, "attention_levels": [], "patch_size": 4},
+        {
+            "name": "unet",
+            "base_width": 64,
+            "channel_multipliers": [1, 2],
+            "blocks_per_level": 1,
+            "attention_levels": [1],
+            "num_heads": 4,
+            "patch_size": 2,
+            "condition_width": 128,
+        },
         32,
     ),
 }
