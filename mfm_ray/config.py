@@ -7,6 +7,7 @@ in the YAML files alone; types, bounds and meaning stand here. Nothing else impo
 # ruff: noqa: RUF009 (`setting` only wraps dataclasses.field, it makes no shared default)
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,8 +199,9 @@ def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     for override in parsed:
         if choices := group_choices(override.key_or_group):
             _check_choice(override, choices)
+    opened = [part for word, override in zip(words, parsed, strict=True) for part in _opened(word, override)]
     try:
-        return _compose(root, words)
+        return _compose(root, opened)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _name_the_culprit(root, words, parsed)
         raise InputError(f"{root}: {str(error).splitlines()[0]}") from error
@@ -255,6 +257,14 @@ def _parse(word: str, given: str) -> Override:
     if override.is_add() and not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
         raise InputError(f"{given}: only below {', '.join(ADDABLE)} can keys be added; write {given.lstrip('+')}")
     return override
+
+
+def _opened(word: str, override: Override) -> list[str]:
+    """`objective.weighting={name: adaptive, power: 1}` as one word for each key: Hydra adds none by itself."""
+    key, value = override.key_or_group, override.value()
+    if not isinstance(value, dict) or not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
+        return [word]
+    return [f"++{key}.{name}={json.dumps(item)}" for name, item in value.items()]
 
 
 def _name_the_culprit(root: str, words: Sequence[str], parsed: Sequence[Override]) -> None:

@@ -139,3 +139,13 @@ def test_flatten_names_every_node() -> None:
 )
 def test_nearest_name(word: str, expected: str | None) -> None:
     assert nearest(word, ["seed", "storage", "scaling.num_workers"]) == expected
+
+
+def test_a_mapping_on_the_command_line_replaces_keys_and_adds_the_ones_its_constructor_takes() -> None:
+    words = ["experiment=gmm", "objective.consistency_weighting={name: adaptive, power: 0.5}"]
+    config = load_config("train", words)
+    assert isinstance(config, TrainConfig)
+    assert config.objective["consistency_weighting"] == {"name": "adaptive", "power": 0.5}
+    short = load_config("train", ["experiment=gmm", "objective.consistency_weighting=log"])
+    assert isinstance(short, TrainConfig)
+    build_objective(short.objective)

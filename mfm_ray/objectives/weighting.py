@@ -144,9 +144,12 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
 }
 
 
-def build_weighting(weighting: Mapping[str, Any], *, group: str) -> Weighting:
-    """The weighting that a mapping {"name": ..., **arguments} describes; ValueError names group and key."""
-    arguments = dict(weighting)
+def build_weighting(weighting: Mapping[str, Any] | str, *, group: str) -> Weighting:
+    """The weighting of that name, or that a mapping {"name": ..., **arguments} describes.
+
+    ValueError names group and key.
+    """
+    arguments = {"name": weighting} if isinstance(weighting, str) else dict(weighting)
     name = arguments.pop("name", None)
     require(name in WEIGHTINGS, f"{group}.name", name, f"one of {', '.join(sorted(WEIGHTINGS))}")
     refuse_unknown_arguments(arguments, WEIGHTINGS[name], group=group)
