@@ -84,7 +84,7 @@ def named_objective(
     teacher: a flow map whose marginal velocity is distilled, required by *_teacher and by diagonal="teacher".
     teacher_guidance: how it answers for a label at a guidance scale: "none" as it is, "plain" classifier-free guidance
     of a conditional teacher, "model" for one trained with model guidance at `teacher_trained_scale`.
-    diagonal_weighting, consistency_weighting: a name of `WEIGHTINGS` or {"name": ..., **arguments}; variance by default.
+    diagonal_weighting, consistency_weighting: a name of `WEIGHTINGS` or {"name": ..., **arguments}; variance when None.
     consistency_scale: factor of the consistency term; None: 5 for semigroup, which on digits makes one-step draws
     sharper than 1 does, and 1 for the conditions with derivatives, which larger factors make unstable.
     label_dropout, guidance_base_rate as in `Labels`; time_power, time_zero_rate, max_time, time_warmup_steps as in

@@ -149,8 +149,8 @@ def build_weighting(weighting: Mapping[str, Any] | str, *, group: str) -> Weight
 
     ValueError names group and key.
     """
-    arguments = {"name": weighting} if isinstance(weighting, str) else dict(weighting)
-    name = arguments.pop("name", None)
+    arguments: dict[str, Any] = {"name": weighting} if isinstance(weighting, str) else dict(weighting)
+    name = str(arguments.pop("name", None))
     require(name in WEIGHTINGS, f"{group}.name", name, f"one of {', '.join(sorted(WEIGHTINGS))}")
     refuse_unknown_arguments(arguments, WEIGHTINGS[name], group=group)
     return WEIGHTINGS[name](**arguments)
