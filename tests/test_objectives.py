@@ -195,6 +195,17 @@ def test_interval_times_are_sorted_pairs_of_uniforms():
     assert abs(u.mean() - 2 / 3) < 4 * math.sqrt(1 / 18 / 50_000)
 
 
+def test_intervals_reach_their_ends_at_the_stated_rate():
+    noise, rows = KeyedNoise.for_rows(0, torch.arange(50_000)), 50_000
+    s, u = IntervalTimes(end_rate=0.25)(noise, 0)
+    plain_s, plain_u = IntervalTimes()(noise, 0)
+    for at_end, other in ((s == 0, u == 1), (u == 1, s == 0)):
+        assert abs(at_end.double().mean() - 0.25) < 4 * math.sqrt(0.1875 / rows)
+        assert abs((at_end & other).double().mean() - 0.0625) < 4 * math.sqrt(0.0586 / rows)
+    torch.testing.assert_close(s[s > 0], plain_s[s > 0])
+    torch.testing.assert_close(u[u < 1], plain_u[u < 1])
+
+
 def test_dropped_labels_become_the_null_class_at_the_stated_rate():
     rows = 20_000
     batch = Batch(torch.zeros(rows, 2), torch.full((rows,), 1))

@@ -77,6 +77,7 @@ def named_objective(
     time_warmup_steps: int = 0,
     interval_warmup_steps: int = 0,
     interval_anneal_steps: int = 0,
+    interval_end_rate: float = 0.0,
     tangent: str = "auto",
 ) -> Objective:
     """Diagonal matching plus the consistency condition of that name (`OBJECTIVES`): trains a meta flow map.
@@ -98,7 +99,9 @@ def named_objective(
     require(scale > 0, "consistency_scale", scale, "a number above 0")
     parts = Parts(
         tangent=Tangent(tangent),
-        times=IntervalTimes(warmup_steps=interval_warmup_steps, anneal_steps=interval_anneal_steps),
+        times=IntervalTimes(
+            warmup_steps=interval_warmup_steps, anneal_steps=interval_anneal_steps, end_rate=interval_end_rate
+        ),
         teacher=None if teacher is None else build_teacher(teacher, teacher_guidance, teacher_trained_scale),
     )
     default = {"name": "variance"}

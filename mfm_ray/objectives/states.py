@@ -63,12 +63,14 @@ class IntervalTimes:
 
     While step < warmup_steps, consistency is off: the velocity is learned first. Until `anneal_steps`, intervals are
     shrunk around their midpoint by step / anneal_steps, so that long steps come after the short ones they are made of.
+    With probability `end_rate` s is 0, and independently u is 1: the ends that one-step draws are made from.
     """
 
-    def __init__(self, *, warmup_steps: int = 0, anneal_steps: int = 0) -> None:
+    def __init__(self, *, warmup_steps: int = 0, anneal_steps: int = 0, end_rate: float = 0.0) -> None:
+        require(0 <= end_rate <= 1, "end_rate", end_rate, "a number in [0, 1]")
         require(warmup_steps >= 0, "warmup_steps", warmup_steps, "an integer of at least 0")
         require(anneal_steps >= 0, "anneal_steps", anneal_steps, "an integer of at least 0")
-        self.warmup_steps, self.anneal_steps = warmup_steps, anneal_steps
+        self.warmup_steps, self.anneal_steps, self.end_rate = warmup_steps, anneal_steps, end_rate
 
     def active(self, step: int) -> bool:
         """Whether there are intervals to be consistent over yet."""
@@ -78,6 +80,9 @@ class IntervalTimes:
         noise = noise.fold_in(Stream.TIME)
         a, b = noise.fold_in(3).uniform(), noise.fold_in(4).uniform()
         s, u = torch.minimum(a, b), torch.maximum(a, b)
+        if self.end_rate > 0:
+            s = torch.where(noise.fold_in(6).uniform() < self.end_rate, torch.zeros_like(s), s)
+            u = torch.where(noise.fold_in(7).uniform() < self.end_rate, torch.ones_like(u), u)
         if step >= self.anneal_steps:
             return s, u
         middle, half = (s + u) / 2, (u - s) / 2 * (step / self.anneal_steps)
