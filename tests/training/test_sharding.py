@@ -172,7 +172,7 @@ def reference(folder: Path) -> dict[str, Any]:
     history = []
     for step in range(STEPS):
         ((batch, noise),) = data.micro_batches(step)
-        loss, terms = module(batch, noise)
+        loss, terms = module(batch, noise, step)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.param_groups[0]["lr"] = schedule(step)
