@@ -1,7 +1,5 @@
 """The order in which training reads its samples: a function of (seed, epoch) alone."""
 
-from collections import OrderedDict
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,7 +27,7 @@ class SampleOrder:
             if value < 1:
                 raise InputError(f"{name}={value}: expected an integer of at least 1")
         self.num_rows, self.seed, self.global_batch_size = num_rows, seed, global_batch_size
-        self._permutations: OrderedDict[int, Tensor] = OrderedDict()
+        self._permutations: dict[int, Tensor] = {}
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """Data-set rows of a worker's part of global batch `step` (from 0): (global_batch_size / world_size,) int64."""
@@ -59,10 +57,11 @@ class SampleOrder:
         return step * self.global_batch_size // self.num_rows
 
     def _permutation(self, epoch: int) -> Tensor:
-        if epoch not in self._permutations:
+        found = self._permutations.get(epoch)
+        if found is None:
             key = np.array([self.seed & _MASK_64, epoch], dtype=np.uint64)
             words = np.random.Philox(key=key).random_raw(self.num_rows)
-            self._permutations[epoch] = torch.from_numpy(np.argsort(words, kind="stable"))
-            if len(self._permutations) > 2:
-                self._permutations.popitem(last=False)
-        return self._permutations[epoch]
+            found = torch.from_numpy(np.argsort(words, kind="stable"))
+            # the newest two; replaced and never changed, because another thread may be reading them
+            self._permutations = dict([*self._permutations.items(), (epoch, found)][-2:])
+        return found
