@@ -52,6 +52,10 @@ class DigitClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images - 0.5)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Activations before the last layer, (N, 64): what tells digits apart, for distances between sets of them."""
+        return self.layers[:-1](images - 0.5)
+
     def config(self) -> dict[str, Any]:
         """JSON-able constructor arguments."""
         return {"num_classes": self.num_classes, "event_shape": list(self.event_shape)}

@@ -1,0 +1,62 @@
+"""Figures of quality: distances between laws, selection by reward, classes, diversity, nearness to the training data.
+
+Rewards say how far a sample was pushed, distances and a judge say whether it still is a sample: report them together.
+"""
+
+from mfm_ray.metrics.classes import (
+    class_confidence,
+    class_frequencies,
+    class_probabilities,
+    classifier_features,
+    pmf_distance,
+    total_variation,
+)
+from mfm_ray.metrics.distances import (
+    NUM_PROJECTIONS,
+    frechet_distance,
+    median_distance,
+    rbf_bandwidths,
+    sliced_w2,
+    squared_mmd,
+)
+from mfm_ray.metrics.diversity import mean_pairwise_distance, vendi_score
+from mfm_ray.metrics.intervals import Mean, OverFloor, distance_floor, mean_with_interval, over_floor
+from mfm_ray.metrics.neighbours import Memorisation, Nearest, memorisation, nearest_neighbours
+from mfm_ray.metrics.selection import (
+    WeightedMoments,
+    best_of_n_probabilities,
+    effective_sample_size,
+    tilting_weights,
+    weighted_moments,
+)
+
+__all__ = [
+    "NUM_PROJECTIONS",
+    "Mean",
+    "Memorisation",
+    "Nearest",
+    "OverFloor",
+    "WeightedMoments",
+    "best_of_n_probabilities",
+    "class_confidence",
+    "class_frequencies",
+    "class_probabilities",
+    "classifier_features",
+    "distance_floor",
+    "effective_sample_size",
+    "frechet_distance",
+    "mean_pairwise_distance",
+    "mean_with_interval",
+    "median_distance",
+    "memorisation",
+    "nearest_neighbours",
+    "over_floor",
+    "pmf_distance",
+    "rbf_bandwidths",
+    "sliced_w2",
+    "squared_mmd",
+    "tilting_weights",
+    "total_variation",
+    "vendi_score",
+    "weighted_moments",
+]

@@ -1,0 +1,65 @@
+"""What a classifier says of images: class frequencies, confidence, features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mfm_ray.networks.classifier import DigitClassifier
+
+_ROWS_AT_ONCE = 4096
+_PMF_TOLERANCE = 1e-4
+
+
+def class_probabilities(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """p(label | image) of a judge that returns logits, (N, num_classes) float32; images (N, *event) in data units."""
+    with torch.no_grad():
+        return torch.cat([torch.softmax(classifier(part).float(), dim=1) for part in images.split(_ROWS_AT_ONCE)])
+
+
+def class_confidence(probabilities: Tensor) -> Tensor:
+    """Largest class probability of each image, (...,) from (..., num_classes): near 1 where the judge sees a digit."""
+    return probabilities.max(-1).values
+
+
+def class_frequencies(probabilities: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Share of images whose most probable class is c, (num_classes,) float64 that sum to one.
+
+    probabilities: (N, num_classes); weights: (N,), equal ones when omitted.
+    """
+    count, num_classes = probabilities.shape
+    weights = torch.full((count,), 1.0 / count, dtype=torch.float64) if weights is None else weights.double()
+    frequencies = torch.zeros(num_classes, dtype=torch.float64)
+    return frequencies.index_add(0, probabilities.argmax(1), weights / weights.sum())
+
+
+def total_variation(p: Tensor, q: Tensor) -> float:
+    """Half the summed absolute difference of two sets of frequencies: 0 the same, 1 disjoint."""
+    return float((p.double() - q.double()).abs().sum() / 2)
+
+
+def pmf_distance(frequencies: Tensor, wanted: Tensor) -> float:
+    """Euclidean distance |p - q| of two probability mass functions (num_classes,): 0 the same, at most sqrt(2).
+
+    ValueError for different shapes, negative entries, and entries that do not sum to 1: normalise weights first.
+    """
+    p, q = frequencies.double(), wanted.double()
+    if p.shape != q.shape or p.dim() != 1:
+        raise ValueError(
+            f"pmf_distance: shapes {tuple(p.shape)} and {tuple(q.shape)}, expected the same (num_classes,)"
+        )
+    for pmf in (p, q):
+        if not (bool((pmf >= 0).all()) and abs(float(pmf.sum()) - 1) <= _PMF_TOLERANCE):
+            raise ValueError(f"pmf_distance: {pmf.tolist()}, expected numbers of at least 0 that sum to 1")
+    return float((p - q).norm())
+
+
+def classifier_features(classifier: DigitClassifier, images: Tensor) -> Tensor:
+    """Activations before the last layer, (N, 64) float32 from images (N, C, H, W) in data units.
+
+    Where `distances.frechet_distance` and `diversity.vendi_score` see digits rather than pixels.
+    """
+    with torch.no_grad():
+        return torch.cat([classifier.features(part).float() for part in images.split(_ROWS_AT_ONCE)])
