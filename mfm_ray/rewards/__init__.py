@@ -2,18 +2,21 @@
 
 from mfm_ray.rewards.analytic import LinearGaussian, MaskedObservation, Symmetry, TargetBrightness, half_mask
 from mfm_ray.rewards.classifier import ClassMixture, ClassProbability
+from mfm_ray.rewards.combination import Combination, Minimum, Thresholded, WeightedSum
 from mfm_ray.rewards.reward import DifferentiableReward, RewardError, check_rewards
-from mfm_ray.rewards.weighted import WeightedSum
 
 __all__ = [
     "ClassMixture",
     "ClassProbability",
+    "Combination",
     "DifferentiableReward",
     "LinearGaussian",
     "MaskedObservation",
+    "Minimum",
     "RewardError",
     "Symmetry",
     "TargetBrightness",
+    "Thresholded",
     "WeightedSum",
     "check_rewards",
     "half_mask",
