@@ -5,7 +5,9 @@ The constructors are the schema; here only what a mapping cannot hold is supplie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +15,19 @@ from torch import Tensor
 from mfm_ray.errors import InputError, refuse_unknown_arguments
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.noise import KeyedNoise, Stream
-from mfm_ray.rewards import ClassMixture, ClassProbability, MaskedObservation, Symmetry, TargetBrightness, half_mask
+from mfm_ray.rewards import (
+    ClassMixture,
+    ClassProbability,
+    Combination,
+    MaskedObservation,
+    Minimum,
+    Symmetry,
+    TargetBrightness,
+    Thresholded,
+    WeightedSum,
+    half_mask,
+)
+from mfm_ray.settings import nearest
 from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance, Guidance, Reward
 
 STEERING: dict[str, Any] = {
@@ -24,7 +38,10 @@ STEERING: dict[str, Any] = {
 """Methods by name; "none" is unsteered."""
 ANALYTIC_REWARDS: dict[str, Any] = {"brightness": TargetBrightness, "symmetry": Symmetry}
 CLASS_REWARDS: dict[str, Any] = {"class_probability": ClassProbability, "class_mixture": ClassMixture}
-REWARDS = ("none", "masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS)
+COMBINED_REWARDS: dict[str, type[Combination]] = {"weighted_sum": WeightedSum, "minimum": Minimum}
+SCORING_REWARDS = ("masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS, *COMBINED_REWARDS)
+REWARDS = ("none", *SCORING_REWARDS)
+_OF_EVERY_REWARD = ("weight", "threshold")
 
 
 def build_steering(steering: Mapping[str, Any], reward: Reward | None) -> Guidance | BestOfN | None:
@@ -47,6 +64,9 @@ def build_reward(
 ) -> Reward | None:
     """The reward of that name, None for "none".
 
+    Every reward takes `threshold` (`Thresholded`, in its own units) and `weight` (the paper's lambda, after the
+    threshold); weighted_sum and minimum take `parts`, a list of such mappings. InputError naming the key that is wrong.
+
     load_classifier: the classifier beside the model. load_heldout: held-out images (N, C, H, W) in data units of
     prepared data at a place, or of the model's own kind for None. seed: of the noise of an observation.
     """
@@ -54,27 +74,83 @@ def build_reward(
     if name == "none":
         _refuse_arguments("reward", name, arguments)
         return None
+    weight = _weight(reward, "reward", WeightedSum)
+    built = _scoring_reward(reward, "reward", _Sources(load_classifier, load_heldout, seed))
+    return built if weight == 1 else WeightedSum(rewards=[built], weights=[weight], name=name)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where rewards get what no mapping holds."""
+
+    load_classifier: Callable[[], DigitClassifier]
+    load_heldout: Callable[[str | None], Tensor]
+    seed: int
+
+
+def _scoring_reward(reward: Mapping[str, Any], group: str, sources: _Sources, *, title: str | None = None) -> Reward:
+    """The reward with its threshold, before its weight. title: its name among the parts of a combination."""
+    name, given = _named(reward, group, SCORING_REWARDS)
+    threshold = given.pop("threshold", None)
+    given.pop("weight", None)  # whoever combines the reward applies it
+    arguments = {"name": title or name, **given}
+    built: Any
     if name == "masked_observation":
-        return _masked_observation(arguments, load_heldout, seed)
-    if name in CLASS_REWARDS:
-        return _construct(CLASS_REWARDS[name], "reward", arguments, classifier=load_classifier())
-    return _construct(ANALYTIC_REWARDS[name], "reward", arguments)
+        built = _masked_observation(arguments, group, sources)
+    elif name in COMBINED_REWARDS:
+        built = _combination(COMBINED_REWARDS[name], arguments, group, sources)
+    elif name in CLASS_REWARDS:
+        classifier = sources.load_classifier()
+        built = _construct(CLASS_REWARDS[name], group, arguments, further=_OF_EVERY_REWARD, classifier=classifier)
+    else:
+        built = _construct(ANALYTIC_REWARDS[name], group, arguments, further=_OF_EVERY_REWARD)
+    if threshold is None:
+        return built
+    return _construct(Thresholded, group, {"threshold": threshold}, reward=built)
 
 
-def _masked_observation(
-    arguments: Mapping[str, Any], load_heldout: Callable[[str | None], Tensor], seed: int
-) -> MaskedObservation:
+def _combination(cls: type[Combination], arguments: Mapping[str, Any], group: str, sources: _Sources) -> Combination:
+    """The parts and their weights; two of a kind are told apart as symmetry, symmetry_2."""
+    _refuse_unknown(arguments, group, ("parts", *_OF_EVERY_REWARD))
+    parts = arguments.get("parts")
+    if not isinstance(parts, list | tuple) or not parts:
+        raise InputError(f"{group}.parts={parts}: expected a list [...] of at least one {{name: ..., weight: ...}}")
+    seen: Counter[str] = Counter()
+    rewards, weights = [], []
+    for index, part in enumerate(parts):
+        place = f"{group}.parts[{index}]"
+        if not isinstance(part, Mapping):
+            raise InputError(f"{place}={part}: expected a reward {{name: ..., weight: ...}}")
+        name, _ = _named(part, place, SCORING_REWARDS)
+        seen[name] += 1
+        title = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        weights.append(_weight(part, place, cls))
+        rewards.append(_scoring_reward(part, place, sources, title=title))
+    return cls(rewards=rewards, weights=weights, name=arguments["name"])
+
+
+def _weight(reward: Mapping[str, Any], group: str, combined_as: type[Combination]) -> float:
+    weight = reward.get("weight", 1.0)
+    try:
+        combined_as.require_weight(weight)
+    except InputError as error:
+        raise InputError(f"{group}.{error}") from error
+    return float(weight)
+
+
+def _masked_observation(arguments: Mapping[str, Any], group: str, sources: _Sources) -> MaskedObservation:
     """One half of a held-out image, seen through noise that is really added."""
-    known = {"half", "noise", "row", "data"}
-    if unknown := sorted(set(arguments) - known):
-        raise InputError(f"reward.{unknown[0]}: unknown key; expected {', '.join(sorted(known))}")
+    _refuse_unknown(arguments, group, ("data", "half", "noise", "row", *_OF_EVERY_REWARD))
     row, noise = arguments.get("row", 0), arguments.get("noise", 0.1)
-    images = load_heldout(arguments.get("data"))
+    images = sources.load_heldout(arguments.get("data"))
     if isinstance(row, bool) or not isinstance(row, int) or not 0 <= row < len(images):
-        raise InputError(f"reward.row={row}: expected a held-out row, 0 to {len(images) - 1}")
-    mask = half_mask(tuple(images.shape[1:]), arguments.get("half", "upper"))
-    reward = MaskedObservation(observed=images[row], mask=mask, noise=noise, name="masked_observation")
-    key = KeyedNoise.for_images(seed, 1, first=row).fold_in(Stream.OUTER)
+        raise InputError(f"{group}.row={row}: expected a held-out row, 0 to {len(images) - 1}")
+    try:
+        mask = half_mask(tuple(images.shape[1:]), arguments.get("half", "upper"))
+        reward = MaskedObservation(observed=images[row], mask=mask, noise=noise, name=arguments["name"])
+    except ValueError as error:
+        raise InputError(f"{group}.{str(error).splitlines()[0]}") from error
+    key = KeyedNoise.for_images(sources.seed, 1, first=row).fold_in(Stream.OUTER)
     reward.observed = mask * (images[row] + noise * key.normal(*images.shape[1:])[0])
     return reward
 
@@ -83,7 +159,9 @@ def _named(mapping: Mapping[str, Any], group: str, names: tuple[str, ...]) -> tu
     arguments = dict(mapping)
     name = arguments.pop("name", None)
     if name not in names:
-        raise InputError(f"{group}.name={name}: expected one of {', '.join(names)}")
+        close = nearest(str(name), names)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"{group}.name={name}: expected one of {', '.join(names)}{hint}")
     return str(name), arguments
 
 
@@ -92,9 +170,18 @@ def _refuse_arguments(group: str, name: str, arguments: Mapping[str, Any]) -> No
         raise InputError(f"{group}.{next(iter(arguments))}: unknown key; {group}={name} takes none")
 
 
-def _construct(cls: Any, group: str, arguments: Mapping[str, Any], **supplied: Any) -> Any:
+def _refuse_unknown(arguments: Mapping[str, Any], group: str, known: tuple[str, ...]) -> None:
+    if unknown := sorted(set(arguments) - {"name", *known}):
+        close = nearest(unknown[0], known)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"{group}.{unknown[0]}: unknown key; expected {', '.join(known)}{hint}")
+
+
+def _construct(
+    cls: Any, group: str, arguments: Mapping[str, Any], *, further: tuple[str, ...] = (), **supplied: Any
+) -> Any:
     """Calls the constructor; its refusals come back with the group in front."""
-    refuse_unknown_arguments(arguments, cls, group=group, supplied=supplied)
+    refuse_unknown_arguments(arguments, cls, group=group, supplied=supplied, further=further)
     try:
         return cls(**supplied, **arguments)
     except (ValueError, TypeError) as error:

@@ -221,8 +221,28 @@ def _compose(root: str, words: Sequence[str]) -> Composed:
     choices = {str(group): choice for group, choice in full.hydra.runtime.choices.items() if "hydra" not in str(group)}
     OmegaConf.set_struct(full, False)
     del full["hydra"]
-    values = OmegaConf.to_container(full, resolve=True, throw_on_missing=True)
-    return Composed(values=typing.cast(dict[str, Any], values), choices=choices)
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
+    if isinstance(values.get("reward"), dict):
+        values["reward"] = _with_filled_parts(values["reward"])
+    return Composed(values=values, choices=choices)
+
+
+def _with_filled_parts(reward: dict[str, Any]) -> dict[str, Any]:
+    """A combined reward whose parts have, for what they leave out, the defaults of `conf/reward/<name>.yaml`.
+
+    A part may be its name alone. What is no reward stays as it is: `mfm_ray.building` refuses it by its place.
+    """
+    parts = reward.get("parts")
+    return {**reward, "parts": [_filled_part(part) for part in parts]} if isinstance(parts, list) else reward
+
+
+def _filled_part(part: Any) -> Any:
+    given = {"name": part} if isinstance(part, str) else part
+    if not isinstance(given, dict) or given.get("name") not in group_choices("reward"):
+        return given
+    text = (resources.files("mfm_ray.conf") / "reward" / f"{given['name']}.yaml").read_text()
+    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    return _with_filled_parts({**defaults, **given})
 
 
 def _quote_text(root: str, word: str) -> str:
@@ -252,6 +272,8 @@ def _parse(word: str, given: str) -> Override:
         raise InputError(f"{given}: a job writes only below storage/name, so hydra's own keys are not taken")
     if override.is_delete():
         raise InputError(f"{given}: keys cannot be removed; set the key to null where that is allowed")
+    if key == "reward.parts" and isinstance(override.value(), dict):
+        raise InputError(f"{given}: expected a list [...] of {{name: ..., weight: ...}}")
     if override.package is not None:
         raise InputError(f"{given}: expected group=choice, without @package")
     if override.is_add() and not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):

@@ -22,13 +22,19 @@ class UnusableStorageError(StorageError, InputError):
 
 
 def refuse_unknown_arguments(
-    given: Iterable[str], constructor: Callable[..., Any], *, group: str, supplied: Iterable[str] = ()
+    given: Iterable[str],
+    constructor: Callable[..., Any],
+    *,
+    group: str,
+    supplied: Iterable[str] = (),
+    further: Iterable[str] = (),
 ) -> None:
     """InputError for the first name that a constructor does not take: `group.name`, what it takes, the nearest one.
 
-    supplied: parameters that the caller fills in itself and no user gives.
+    supplied: parameters that the caller fills in itself and no user gives. further: names that the caller reads.
     """
     known = [name for name in inspect.signature(constructor).parameters if name not in set(supplied)]
+    known += further
     for name in sorted(set(given) - set(known)):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
