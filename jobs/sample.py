@@ -1,26 +1,50 @@
-"""Samples of a model, steered or not: a Parquet file of images, rewards and labels, and a picture of the first ones.
+"""Samples of a model, steered or not: Parquet files of images, rewards and labels, and a picture of the first ones.
 
 python -m jobs.sample model=runs/digits/model num_samples=256
 python -m jobs.sample model=runs/digits/model steering=gradient reward=masked_observation reward.row=3
 python -m jobs.sample model=runs/digits/model steering=best_of_n steering.num_particles=100 reward=symmetry
+ray job submit --working-dir . -- python -m jobs.sample model=/shared/model storage=/shared/runs num_samples=50000
+
+A job of more than one shard runs on Ray and can be resumed: docs/sampling.md.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from jobs.cluster import ray_cluster
 from jobs.contract import JobRun, Outcome, run_job
+from jobs.run_folder import RunFolder
+from jobs.sample_maker import Progress, ShardMaker, make_here
+from jobs.sample_pool import choose_workers, make_on_ray
+from jobs.sample_shards import (
+    FOLDER,
+    MANIFEST,
+    SAMPLES,
+    Record,
+    Shard,
+    deciding_settings,
+    finished_records,
+    first_images,
+    join_rewards,
+    picture_of,
+    plan_shards,
+    read_manifest,
+    refuse_other_device,
+    refuse_other_settings,
+    write_manifest,
+)
 from mfm_ray.config import SampleConfig
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
 
-SAMPLES, GRID = "samples.parquet", "grid.png"
-_PICTURED, _COLUMNS = 100, 10
-_LINE_EVERY_S = 10.0
+GRID = "grid.png"
+_MANIFEST_EVERY_S = 10.0
 
 
 def check(config: SampleConfig) -> None:
-    """The model loads, and steering, reward, label and sampler fit it."""
+    """The model loads, steering, reward, label and sampler fit it, and so does what an earlier call has left."""
     flow_map, _ = build(config)
     if config.label is not None and not config.label < flow_map.num_classes:
         allowed = f"0 to {flow_map.num_classes - 1}" if flow_map.num_classes else "null: this model has no classes"
@@ -28,6 +52,13 @@ def check(config: SampleConfig) -> None:
     if config.cfg_scale is not None and config.cfg_scale not in flow_map.cfg_scales:
         known = ", ".join(map(str, flow_map.cfg_scales)) or "null alone: this model has none"
         raise InputError(f"cfg_scale={config.cfg_scale}: expected one of {known}")
+    if not any(config.scaling.resources_per_worker.values()):
+        raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
+    if works_here(config):
+        _own_device(config)
+    if config.resume:
+        run = RunFolder("sample", config).storage
+        refuse_other_settings(read_manifest(run), deciding_settings(config), where=run.uri)
 
 
 def build(config: SampleConfig) -> tuple[Any, Any]:
@@ -51,61 +82,100 @@ def build(config: SampleConfig) -> tuple[Any, Any]:
 
 
 def body(run: JobRun) -> Outcome:
-    from mfm_ray.reporting.pictures import grid, png
-    from mfm_ray.samplers import sample
-
+    """Makes the shards that are not there yet, and says where all of them are and what they amount to."""
     config: SampleConfig = run.config
     flow_map, steering = build(config)
-    began = time.monotonic()
-    drawn = sample(
-        flow_map,
-        num_samples=config.num_samples,
-        steering=steering,
-        num_steps=config.num_steps,
-        dynamics=config.dynamics,
-        seed=config.seed,
-        label=config.label,
-        cfg_scale=config.cfg_scale,
-        preset=config.preset,
-        batch_size=config.batch_size,
-        progress=_progress(run.log, began),
-    )
-    seconds = time.monotonic() - began
-    run.storage.write_bytes(SAMPLES, samples_parquet(drawn, config))
-    artifacts = {"samples": run.storage.uri_of(SAMPLES)}
+    settings = deciding_settings(config)
+    shards = plan_shards(config.num_samples, config.shard_size)
+    book = _Book(run, settings, shards)
+    missing = [shard for shard in shards if shard.index not in book.records]
+    if config.resume:
+        run.log(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+    if missing:
+        maker = ShardMaker(
+            flow_map=flow_map, steering=steering, config=config, settings=settings, run=run.storage, device="cpu"
+        )
+        _make(maker, missing, book, run.log)
+    several = len(shards) > 1
+    artifacts = {
+        "samples": run.storage.uri_of(FOLDER if several else SAMPLES),
+        "manifest": run.storage.uri_of(MANIFEST),
+    }
     if flow_map.space.kind == "image":
-        zoom = max(1, 48 // flow_map.event_shape[-1])
-        picture = grid(drawn.images[:_PICTURED], columns=_COLUMNS, gap=max(1, zoom // 2), zoom=zoom)
-        run.storage.write_bytes(GRID, png(picture))
+        run.storage.write_bytes(GRID, picture_of(first_images(run.storage, shards)))
         artifacts["grid"] = run.storage.uri_of(GRID)
-    metrics = {"num_samples": config.num_samples, "nfe": drawn.nfe, "images_per_second": config.num_samples / seconds}
-    if drawn.rewards is not None:
-        metrics["reward"] = float(drawn.rewards.mean())
-        metrics["reward_std"] = float(drawn.rewards.std()) if config.num_samples > 1 else 0.0
+    metrics = book.metrics()
     run.log(", ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))
     return Outcome(metrics=metrics, artifacts=artifacts)
 
 
-def samples_parquet(drawn: Any, config: SampleConfig) -> bytes:
-    """Columns image (fixed-shape tensor, data units), reward, nfe, label, seed, index; one sample a row."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def works_here(config: SampleConfig) -> bool:
+    """Whether this process makes the samples: when the user says so, or when one shard is all there is to make."""
+    workers = config.scaling.num_workers
+    return workers == 0 or (workers is None and config.num_samples <= config.shard_size)
 
-    images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(drawn.images.numpy(), dtype=np.float32))
-    count = len(images)
-    rewards = [None] * count if drawn.rewards is None else drawn.rewards.tolist()
-    columns = {
-        "image": images,
-        "reward": pa.array(rewards, pa.float32()),
-        "nfe": pa.array([drawn.nfe] * count, pa.float64()),
-        "label": pa.array([config.label] * count, pa.int64()),
-        "seed": pa.array([config.seed] * count, pa.int64()),
-        "index": pa.array(range(count), pa.int64()),
-    }
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
+
+class _Book:
+    """The records of finished shards, those of an earlier call included, and the manifest that lists them."""
+
+    def __init__(self, run: JobRun, settings: dict[str, Any], shards: list[Shard]) -> None:
+        self._storage, self._config, self._settings, self._num_shards = run.storage, run.config, settings, len(shards)
+        self.records = finished_records(run.storage, shards, settings) if run.config.resume else {}
+        earlier = read_manifest(run.storage) or {}
+        self._images_per_second = earlier.get("images_per_second") or 0.0
+        before = sum(record.rows for record in self.records.values())
+        self.progress = Progress(run.log, before=before, total=run.config.num_samples)
+        self._write()
+
+    def keep(self, shard: Shard, record: Record) -> None:
+        self.records[shard.index] = record
+        self.progress.made += record.rows
+        self._images_per_second = self.progress.images_per_second
+        if len(self.records) == self._num_shards or time.monotonic() - self._written >= _MANIFEST_EVERY_S:
+            self._write()
+
+    def metrics(self) -> dict[str, float]:
+        records = self.records.values()
+        nfe = sum(record.nfe * record.rows for record in records) / sum(record.rows for record in records)
+        metrics = {"num_samples": self._config.num_samples, "nfe": nfe, "images_per_second": self._images_per_second}
+        rewards = join_rewards(records)
+        if rewards is not None:
+            metrics["reward"], metrics["reward_std"] = rewards
+        return metrics
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        write_manifest(
+            self._storage,
+            self._config,
+            self._settings,
+            self.records,
+            num_shards=self._num_shards,
+            images_per_second=self._images_per_second,
+        )
+
+
+def _make(maker: ShardMaker, missing: list[Shard], book: _Book, log: Callable[[str], None]) -> None:
+    config = maker.config
+    if works_here(config):
+        maker = replace(maker, device=_own_device(config))
+        refuse_other_device(book.records.values(), maker.device, where=maker.run.uri)
+        make_here(maker, missing, book.keep, book.progress)
+        return
+    with ray_cluster(log):
+        workers = choose_workers(config.scaling, len(missing))
+        maker = replace(maker, device=workers.device)
+        refuse_other_device(book.records.values(), maker.device, where=maker.run.uri)
+        make_on_ray(maker, missing, book.keep, book.progress, workers=workers, log=log)
+
+
+def _own_device(config: SampleConfig) -> str:
+    """Where this process calculates."""
+    import torch
+
+    if config.scaling.use_gpu and not torch.cuda.is_available():
+        raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
+    return "cuda" if torch.cuda.is_available() and config.scaling.use_gpu is not False else "cpu"
 
 
 def _heldout(model: Storage, place: str | None) -> Any:
@@ -121,19 +191,6 @@ def _heldout(model: Storage, place: str | None) -> Any:
         return make_dataset(name).splits["heldout"].data
     except InputError as error:
         raise InputError(f"reward.data=null: {name} is not bundled; expected a folder of prepared data") from error
-
-
-def _progress(log: Callable[[str], None], began: float) -> Callable[[int, int], None]:
-    spoke = began
-
-    def tell(done: int, total: int) -> None:
-        nonlocal spoke
-        now = time.monotonic()
-        if now - spoke >= _LINE_EVERY_S and done < total:
-            spoke = now
-            log(f"{done:,} of {total:,} images, {(now - began) * (total - done) / done:.0f} s left")
-
-    return tell
 
 
 if __name__ == "__main__":

@@ -127,6 +127,18 @@ class ExportConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleScalingConfig:
+    num_workers: int | None = setting(
+        "Ray workers; 0: none, this process; null: 0 for a single shard, else as many as the cluster has room for",
+        minimum=0,
+    )
+    use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
+    resources_per_worker: dict[str, float] = setting("Ray resources of one worker; one thread a CPU", minimum=0)
+    start_timeout_s: float = setting("seconds to wait for the first worker", above=0)
+    max_failures: int = setting("how often a shard whose worker was lost is given to another one", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(JobConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
@@ -136,6 +148,8 @@ class SampleConfig(JobConfig):
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
     cfg_scale: float | None = setting("classifier-free guidance; null: none")
     batch_size: int = setting("samples that share one network call", minimum=1)
+    shard_size: int = setting("samples of one file, which is made and resumed as a whole", minimum=1)
+    scaling: SampleScalingConfig = setting("workers and their resources")
     steering: dict[str, Any] = setting("steering method by name, with its constructor's arguments")
     reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
 
