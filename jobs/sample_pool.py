@@ -256,7 +256,7 @@ class _Pool:
     def _no_worker(self) -> str:
         asked, room = self._workers, _room_for(self._workers.resources)
         return (
-            f"scaling.num_workers={asked.num}: no worker with resources_per_worker={asked.resources} could start; the "
-            f"cluster has room for {room} ({'busy' if room else 'too small'}), waited {asked.start_timeout_s:g} s "
+            f"scaling.num_workers={asked.num}: no worker with resources_per_worker={asked.resources} is ready; the "
+            f"cluster has room for {room} ({'busy or slow' if room else 'too small'}), waited {asked.start_timeout_s:g} s "
             "(scaling.start_timeout_s)"
         )

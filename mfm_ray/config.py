@@ -134,7 +134,7 @@ class SampleScalingConfig:
     )
     use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker; one thread a CPU", minimum=0)
-    start_timeout_s: float = setting("seconds to wait for the first worker", above=0)
+    start_timeout_s: float = setting("seconds in which the first worker must be ready", above=0)
     max_failures: int = setting("how often a shard whose worker was lost is given to another one", minimum=0)
 
 

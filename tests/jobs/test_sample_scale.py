@@ -39,6 +39,7 @@ from mfm_ray.storage import Storage
 ROOT = Path(__file__).resolve().parents[2]
 STEERED = ["steering=gradient", "reward=masked_observation", "num_steps=3", "seed=3"]
 FOUR_SHARDS = ["num_samples=40", "shard_size=12", *STEERED]
+TWO_WORKERS = ["scaling.num_workers=2", "scaling.start_timeout_s=240"]  # a busy machine is no failure
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_a_mistake_in_the_scale_is_one_line(model: Path, word: str, line: str) -
 
 def test_two_workers_make_what_one_process_makes(ray_session: None, draw: Callable[..., Finished]) -> None:
     alone = draw("alone", *FOUR_SHARDS, "scaling.num_workers=0")
-    together = draw("together", *FOUR_SHARDS, "scaling.num_workers=2")
+    together = draw("together", *FOUR_SHARDS, *TWO_WORKERS)
     assert together.hashes == alone.hashes
     assert together.outcome.metrics["reward"] == alone.outcome.metrics["reward"]
 
@@ -204,7 +205,7 @@ def test_the_shard_of_a_killed_worker_is_given_to_another(
     words = ["num_samples=96", "shard_size=8", "num_steps=150", "seed=3"]
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "bereaved",))
     killer.start()
-    bereaved = draw("bereaved", *words, "scaling.num_workers=2")
+    bereaved = draw("bereaved", *words, *TWO_WORKERS)
     killer.join()
     assert any("was lost, another takes its place (1 of at most 2 times)" in line for line in bereaved.log)
     assert bereaved.hashes == draw("undisturbed", *words, "scaling.num_workers=0").hashes
@@ -256,9 +257,7 @@ def test_a_cluster_without_room_for_a_worker_is_an_error_after_the_stated_wait(
     ray_session: None, draw: Callable[..., Finished]
 ) -> None:
     words = ["scaling.num_workers=1", "scaling.resources_per_worker.CPU=64", "scaling.start_timeout_s=1"]
-    with pytest.raises(
-        InputError, match="no worker .* could start; the cluster has room for 0 .too small., waited 1 s"
-    ):
+    with pytest.raises(InputError, match="no worker .* is ready; the cluster has room for 0 .too small., waited 1 s"):
         draw("crowd", *FOUR_SHARDS, *words)
 
 
@@ -277,7 +276,16 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_with_the_same_bytes(
 ) -> None:
     words = ["num_samples=320", "shard_size=8", "num_steps=150", "seed=3"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.sample", f"model={model}", f"storage={tmp_path}", "name=killed", *words],
+        [
+            sys.executable,
+            "-m",
+            "jobs.sample",
+            f"model={model}",
+            f"storage={tmp_path}",
+            "name=killed",
+            *words,
+            *TWO_WORKERS,
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
