@@ -255,8 +255,9 @@ class _Pool:
 
     def _no_worker(self) -> str:
         asked, room = self._workers, _room_for(self._workers.resources)
+        why = "busy or slow" if room else "too small"
         return (
             f"scaling.num_workers={asked.num}: no worker with resources_per_worker={asked.resources} is ready; the "
-            f"cluster has room for {room} ({'busy or slow' if room else 'too small'}), waited {asked.start_timeout_s:g} s "
+            f"cluster has room for {room} ({why}), waited {asked.start_timeout_s:g} s "
             "(scaling.start_timeout_s)"
         )
