@@ -30,7 +30,8 @@ class ShardMaker:
     device: str
 
     def move(self) -> None:
-        for module in (self.flow_map, getattr(self.steering, "reward", None)):
+        reward: Any = getattr(self.steering, "reward", None)
+        for module in (self.flow_map, reward):
             if hasattr(module, "to"):
                 module.to(self.device)
 
