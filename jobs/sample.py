@@ -27,6 +27,7 @@ from jobs.sample_shards import (
     deciding_settings,
     finished_records,
     first_images,
+    join_judges,
     join_rewards,
     picture_of,
     plan_shards,
@@ -45,7 +46,7 @@ _MANIFEST_EVERY_S = 10.0
 
 def check(config: SampleConfig) -> None:
     """The model loads, steering, reward, label and sampler fit it, and so does what an earlier call has left."""
-    flow_map, _ = build(config)
+    flow_map, _, _ = build(config)
     if config.label is not None and not config.label < flow_map.num_classes:
         allowed = f"0 to {flow_map.num_classes - 1}" if flow_map.num_classes else "null: this model has no classes"
         raise InputError(f"label={config.label}: expected {allowed}")
@@ -61,30 +62,30 @@ def check(config: SampleConfig) -> None:
         refuse_other_settings(read_manifest(run), deciding_settings(config), where=run.uri)
 
 
-def build(config: SampleConfig) -> tuple[Any, Any]:
-    """Flow map and steering method (None: unsteered)."""
-    from mfm_ray.building import build_reward, build_steering
+def build(config: SampleConfig) -> tuple[Any, Any, dict[str, Any]]:
+    """Flow map, steering method (None: unsteered) and judges by name."""
+    from mfm_ray.building import build_judges, build_reward, build_steering
     from mfm_ray.pretrained import load_classifier, load_flow_map
 
     if config.model is None:
         raise InputError("model=null: expected a model directory")
     model = Storage(config.model)
     flow_map = load_flow_map(model)
-    reward = build_reward(
-        config.reward,
-        load_classifier=lambda: load_classifier(model),
-        load_heldout=lambda place: _heldout(model, place),
-        seed=config.seed,
-    )
+    sources: dict[str, Any] = {
+        "load_classifier": lambda: load_classifier(model),
+        "load_heldout": lambda place: _heldout(model, place),
+        "seed": config.seed,
+    }
+    reward = build_reward(config.reward, **sources)
     if reward is not None and config.steering.get("name") == "none":
         raise InputError(f"reward={config.reward['name']}: steering=none takes no reward; choose a steering")
-    return flow_map, build_steering(config.steering, reward)
+    return flow_map, build_steering(config.steering, reward), build_judges(config.judges, **sources)
 
 
 def body(run: JobRun) -> Outcome:
     """Makes the shards that are not there yet, and says where all of them are and what they amount to."""
     config: SampleConfig = run.config
-    flow_map, steering = build(config)
+    flow_map, steering, judges = build(config)
     settings = deciding_settings(config)
     shards = plan_shards(config.num_samples, config.shard_size)
     book = _Book(run, settings, shards)
@@ -93,7 +94,13 @@ def body(run: JobRun) -> Outcome:
         run.log(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
     if missing:
         maker = ShardMaker(
-            flow_map=flow_map, steering=steering, config=config, settings=settings, run=run.storage, device="cpu"
+            flow_map=flow_map,
+            steering=steering,
+            judges=judges,
+            config=config,
+            settings=settings,
+            run=run.storage,
+            device="cpu",
         )
         _make(maker, missing, book, run.log)
     several = len(shards) > 1
@@ -141,7 +148,7 @@ class _Book:
         rewards = join_rewards(records)
         if rewards is not None:
             metrics["reward"], metrics["reward_std"] = rewards
-        return metrics
+        return metrics | {f"judge.{name}": mean for name, mean in join_judges(records).items()}
 
     def _write(self) -> None:
         self._written = time.monotonic()

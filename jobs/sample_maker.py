@@ -24,6 +24,7 @@ class ShardMaker:
 
     flow_map: Any
     steering: Any
+    judges: Mapping[str, Any]
     config: SampleConfig
     settings: Mapping[str, Any]
     run: Storage
@@ -31,7 +32,7 @@ class ShardMaker:
 
     def move(self) -> None:
         reward: Any = getattr(self.steering, "reward", None)
-        for module in (self.flow_map, reward):
+        for module in (self.flow_map, reward, *self.judges.values()):
             if hasattr(module, "to"):
                 module.to(self.device)
 
@@ -63,6 +64,9 @@ class ShardMaker:
                 steering=self.steering,
                 num_steps=config.num_steps,
                 dynamics=config.dynamics,
+                order=config.order,
+                max_nfe=config.max_nfe,
+                judges=self.judges,
                 seed=config.seed,
                 label=config.label,
                 cfg_scale=config.cfg_scale,

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mfm_ray.config import SampleConfig, flatten
@@ -56,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A finished shard. reward, reward_std: of its images, None when unsteered; settings: hash of what decided them;
+    """A finished shard. reward, reward_std: of its images, None when unsteered; judges: means by name; settings: hash of what decided them;
     device: where they were calculated, "cpu" or "cuda", whose last bits differ.
     """
 
@@ -70,6 +70,7 @@ class Record:
     reward_std: float | None
     settings: str
     device: str
+    judges: dict[str, float] = field(default_factory=dict)
 
 
 def plan_shards(num_samples: int, shard_size: int) -> list[Shard]:
@@ -89,13 +90,26 @@ def plan_shards(num_samples: int, shard_size: int) -> list[Shard]:
 
 def deciding_settings(config: SampleConfig) -> dict[str, Any]:
     """Everything that the samples depend on; batch_size and the number of workers are none of it."""
-    keys = ("seed", "num_samples", "shard_size", "num_steps", "dynamics", "preset", "label", "cfg_scale")
-    data = {place: _data_checksum(place) for place in _data_places(config.reward)}
+    keys = [
+        "seed",
+        "num_samples",
+        "shard_size",
+        "num_steps",
+        "dynamics",
+        "order",
+        "max_nfe",
+        "preset",
+        "label",
+        "cfg_scale",
+    ]
+    scores = [config.reward, {"parts": config.judges}]
+    data = {place: _data_checksum(place) for reward in scores for place in _data_places(reward)}
     return {
         "model": model_checksum(Storage(config.model or "")),
         **{key: getattr(config, key) for key in keys},
         "steering": dict(config.steering),
         "reward": dict(config.reward),
+        "judges": list(config.judges),
         **({"reward_data": data} if data else {}),
     }
 
@@ -205,6 +219,14 @@ def join_rewards(records: Iterable[Record]) -> tuple[float, float] | None:
     return (mean, math.sqrt(squares / (count - 1)) if count > 1 else 0.0) if count else None
 
 
+def join_judges(records: Iterable[Record]) -> dict[str, float]:
+    """Mean of each judge over the images of all shards."""
+    kept = list(records)
+    total = sum(record.rows for record in kept)
+    names = kept[0].judges if kept else {}
+    return {name: sum(record.judges[name] * record.rows for record in kept) / total for name in names}
+
+
 def make_record(shard: Shard, content: bytes, drawn: Any, *, settings: Mapping[str, Any], device: str) -> Record:
     rewards = None if drawn.rewards is None else drawn.rewards.double()
     return Record(
@@ -218,11 +240,12 @@ def make_record(shard: Shard, content: bytes, drawn: Any, *, settings: Mapping[s
         reward_std=None if rewards is None else (float(rewards.std()) if len(rewards) > 1 else 0.0),
         settings=checksum(settings),
         device=device,
+        judges={name: float(values.double().mean()) for name, values in drawn.judges.items()},
     )
 
 
 def samples_parquet(drawn: Any, *, label: int | None, seed: int, first_image: int = 0) -> bytes:
-    """Columns image (fixed-shape tensor, data units), reward, nfe, label, seed, index; one sample a row."""
+    """Columns image (fixed-shape tensor, data units), reward, nfe, label, seed, index, judge.<name>; one sample a row."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -238,6 +261,7 @@ def samples_parquet(drawn: Any, *, label: int | None, seed: int, first_image: in
         "seed": pa.array([seed] * count, pa.int64()),
         "index": pa.array(range(first_image, first_image + count), pa.int64()),
     }
+    columns |= {f"judge.{name}": pa.array(values.tolist(), pa.float32()) for name, values in drawn.judges.items()}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue().to_pybytes()

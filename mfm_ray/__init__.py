@@ -11,8 +11,17 @@ from mfm_ray.glass import posterior_velocity
 from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import Objective, named_objective
-from mfm_ray.samplers import Samples, refine, sample
-from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance
+from mfm_ray.samplers import Samples, adapt_grid, refine, sample
+from mfm_ray.steering import (
+    DPS,
+    SMC,
+    AutoDraws,
+    BestOfN,
+    GradientFreeGuidance,
+    GradientGuidance,
+    PosteriorResampling,
+    Search,
+)
 from mfm_ray.values import ValueEstimate, estimate_value
 
 if TYPE_CHECKING:
@@ -22,6 +31,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPS",
+    "SMC",
+    "AutoDraws",
     "BestOfN",
     "DataSpace",
     "FlowMap",
@@ -30,9 +42,12 @@ __all__ = [
     "KeyedNoise",
     "LinearInterpolant",
     "Objective",
+    "PosteriorResampling",
     "Samples",
+    "Search",
     "TimeGrid",
     "ValueEstimate",
+    "adapt_grid",
     "estimate_value",
     "load_flow_map",
     "named_objective",

@@ -6,7 +6,7 @@ The constructors are the schema; here only what a mapping cannot hold is supplie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,25 @@ from mfm_ray.rewards import (
     half_mask,
 )
 from mfm_ray.settings import nearest
-from mfm_ray.steering import BestOfN, GradientFreeGuidance, GradientGuidance, Guidance, Reward
+from mfm_ray.steering import (
+    DPS,
+    SMC,
+    BestOfN,
+    GradientFreeGuidance,
+    GradientGuidance,
+    PosteriorResampling,
+    Reward,
+    Search,
+    Steering,
+)
 
 STEERING: dict[str, Any] = {
     "gradient": GradientGuidance,
     "gradient_free": GradientFreeGuidance,
+    "dps": DPS,
+    "resampling": PosteriorResampling,
+    "search": Search,
+    "smc": SMC,
     "best_of_n": BestOfN,
 }
 """Methods by name; "none" is unsteered."""
@@ -44,7 +58,7 @@ REWARDS = ("none", *SCORING_REWARDS)
 _OF_EVERY_REWARD = ("weight", "threshold")
 
 
-def build_steering(steering: Mapping[str, Any], reward: Reward | None) -> Guidance | BestOfN | None:
+def build_steering(steering: Mapping[str, Any], reward: Reward | None) -> Steering | None:
     """The method of that name around the reward, None for "none". InputError naming the key that is wrong."""
     name, arguments = _named(steering, "steering", ("none", *STEERING))
     if name == "none":
@@ -77,6 +91,27 @@ def build_reward(
     weight = _weight(reward, "reward", WeightedSum)
     built = _scoring_reward(reward, "reward", _Sources(load_classifier, load_heldout, seed))
     return built if weight == 1 else WeightedSum(rewards=[built], weights=[weight], name=name)
+
+
+def build_judges(
+    judges: Sequence[Mapping[str, Any]],
+    *,
+    load_classifier: Callable[[], DigitClassifier],
+    load_heldout: Callable[[str | None], Tensor],
+    seed: int = 0,
+) -> dict[str, Reward]:
+    """Rewards by name that score samples and are never optimised; two of a kind are told apart as x, x_2."""
+    built: dict[str, Reward] = {}
+    seen: Counter[str] = Counter()
+    for index, judge in enumerate(judges):
+        place = f"judges[{index}]"
+        if not isinstance(judge, Mapping):
+            raise InputError(f"{place}={judge}: expected a reward {{name: ...}}")
+        name, _ = _named(judge, place, SCORING_REWARDS)
+        seen[name] += 1
+        title = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        built[title] = _scoring_reward(judge, place, _Sources(load_classifier, load_heldout, seed), title=title)
+    return built
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ class SampleConfig(JobConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
     num_steps: int | None = setting("steps of the sampler; null: the preset's, or 50", minimum=1)
-    dynamics: str | None = setting("null: sde where a drift is steered, else ode", choices=("ode", "sde"))
+    dynamics: str | None = setting("null: what the method does best with", choices=("ode", "sde"))
+    order: int = setting("order of the drift's steps; 2 costs no further call", minimum=1, maximum=2)
+    max_nfe: int | None = setting("calls an image that are never exceeded; null: no limit", minimum=1)
     preset: str | None = setting("named recipe of the sampler", choices=("paper",))
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
     cfg_scale: float | None = setting("classifier-free guidance; null: none")
@@ -152,6 +154,7 @@ class SampleConfig(JobConfig):
     scaling: SampleScalingConfig = setting("workers and their resources")
     steering: dict[str, Any] = setting("steering method by name, with its constructor's arguments")
     reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
+    judges: list[Any] = setting("rewards that score the samples and are not optimised, as reward.parts are written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +241,8 @@ def _compose(root: str, words: Sequence[str]) -> Composed:
     values = typing.cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
     if isinstance(values.get("reward"), dict):
         values["reward"] = _with_filled_parts(values["reward"])
+    if isinstance(values.get("judges"), list):
+        values["judges"] = [_filled_part(judge) for judge in values["judges"]]
     return Composed(values=values, choices=choices)
 
 

@@ -46,7 +46,9 @@ class Noise(Protocol):
 
     def fold_in(self, value: int | Tensor) -> Noise: ...
 
-    def spread(self, num: int) -> Noise: ...
+    def spread(self, num: int, *, first: int = 0) -> Noise: ...
+
+    def __getitem__(self, index: slice | Tensor) -> Noise: ...
 
     def normal(self, *event: int) -> Tensor: ...
 
@@ -120,9 +122,9 @@ class KeyedNoise:
         offset = (torch.as_tensor(value, dtype=torch.int64, device=self.keys.device) + 1) * _GOLDEN
         return KeyedNoise(_mix(_mix(self.keys) + offset))
 
-    def spread(self, num: int) -> KeyedNoise:
-        """Give every row `num` independent rows of its own, in a new last dimension of the keys."""
-        return KeyedNoise(self.keys.unsqueeze(-1)).fold_in(torch.arange(num, device=self.keys.device))
+    def spread(self, num: int, *, first: int = 0) -> KeyedNoise:
+        """Give every row `num` independent rows of its own, numbered from `first`, in a new last dimension."""
+        return KeyedNoise(self.keys.unsqueeze(-1)).fold_in(torch.arange(first, first + num, device=self.keys.device))
 
     def __getitem__(self, index: slice | Tensor) -> KeyedNoise:
         return KeyedNoise(self.keys[index])
@@ -162,8 +164,12 @@ class GeneratorNoise:
     def fold_in(self, value: int | Tensor) -> GeneratorNoise:
         return self
 
-    def spread(self, num: int) -> GeneratorNoise:
+    def spread(self, num: int, *, first: int = 0) -> GeneratorNoise:
         return GeneratorNoise(self.generator, (*self.rows, num), self.device)
+
+    def __getitem__(self, index: slice | Tensor) -> GeneratorNoise:
+        rows = torch.empty(self.rows, device="meta")[index if isinstance(index, slice) else index.to("meta")]
+        return GeneratorNoise(self.generator, tuple(rows.shape), self.device)
 
     def normal(self, *event: int) -> Tensor:
         shape = (*self.rows, *event)

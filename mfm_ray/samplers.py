@@ -1,63 +1,22 @@
-"""Samplers: from noise to samples over a flow map and a steering method.
-
-Every network call sees a multiple of four rows, because CPU matrix kernels treat one to three rows differently; with
-keyed noise the sample of a row is then the same to the bit whatever else is in the batch (CPU, float32).
-"""
+"""Samplers: from noise to samples over a flow map and a steering method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mfm_ray.dynamics import DYNAMICS, Dynamics, TimeGrid
+from mfm_ray.dynamics import DYNAMICS, AdaptedGrid, Dynamics, Grid, Renoising, TimeGrid
+from mfm_ray.errors import require
 from mfm_ray.flow_map import FlowMap, require_at_least_one
-from mfm_ray.interpolants import LinearInterpolant
-from mfm_ray.noise import KeyedNoise, Stream
-from mfm_ray.steering import (
-    BestOfN,
-    CallCounter,
-    GradientGuidance,
-    Guidance,
-    GuidedDrift,
-    Reward,
-    SteeringContext,
-    Unguided,
-    score,
-)
-
-ROW_MULTIPLE = 4
-"""Rows of every network call are padded to a multiple of this (measured: enough for bit-equal rows on CPU)."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A recipe: outer steps and times, dynamics, and whether gradient guidance is rescaled to the norm of the drift.
-
-    dynamics None: the SDE where a drift is steered, which forgets what a bad early estimate did to the state and so
-    comes closer to the tilted law at equal calls (docs/steering.md); the ODE elsewhere, whose samples are cleaner.
-    """
-
-    num_steps: int = 50
-    grid: TimeGrid = field(default_factory=TimeGrid)
-    dynamics: str | None = None
-    rescale: bool = False
-
-    def dynamics_for(self, steering: Guidance | BestOfN | None) -> str:
-        return self.dynamics or ("sde" if isinstance(steering, Guidance) else "ode")
-
-    def apply(self, steering: Guidance | BestOfN | None) -> Guidance | BestOfN | None:
-        if self.rescale and isinstance(steering, GradientGuidance):
-            return replace(steering, renormalise="rescale", trust_region=None)
-        return steering
-
-
-PRESETS = {
-    # The paper's cap of (1 - t) / t at 25 changes nothing here: it is one factor a row, which rescaling divides out.
-    "paper": Preset(num_steps=250, grid=TimeGrid(start=0.01, power=1.0), dynamics="ode", rescale=True),
-}
+from mfm_ray.noise import KeyedNoise, Noise, Stream
+from mfm_ray.padding import PaddedFlowMap
+from mfm_ray.presets import PRESETS, Preset
+from mfm_ray.steering import CallCounter, Particles, Reward, Steering, SteeringContext, Unguided, score
+from mfm_ray.steering.budget import within_budget
 
 
 @dataclass(frozen=True)
@@ -65,9 +24,11 @@ class Samples:
     """Samples of a call, one a request.
 
     images: (num_samples, *event) in data units, clamped; rewards: (num_samples,) float32 of those images, None when
-    unsteered; nfe: network and reward calls for each image, a backward pass counting as one more; calls: the same by
-    kind; trace: value, standard_error, effective_sample_size, guidance_ratio, each (num_steps, num_samples), empty
-    when unsteered; particles: (num_samples, P, *event) and particle_rewards (num_samples, P) when asked for.
+    unsteered; judges: the same by name for rewards that were never optimised; nfe: network and reward calls for each
+    image, a backward pass counting as one more; calls: the same by kind; trace: value, standard_error,
+    effective_sample_size, guidance_ratio and what else the method tells, each (num_steps, num_samples), empty when
+    unsteered. When asked for: particles (num_samples, P, *event), particle_rewards (num_samples, P), and
+    particle_log_weights (num_samples, P) of a method that weighs them.
     """
 
     images: Tensor
@@ -75,16 +36,10 @@ class Samples:
     nfe: float
     calls: dict[str, float]
     trace: dict[str, Tensor] = field(default_factory=dict)
+    judges: dict[str, Tensor] = field(default_factory=dict)
     particles: Tensor | None = None
     particle_rewards: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """End states (B, *event) of a batch in model space and the trace of its steps."""
-
-    x1: Tensor
-    trace: dict[str, list[Tensor]]
+    particle_log_weights: Tensor | None = None
 
 
 Progress = Callable[[int, int], None]
@@ -94,14 +49,17 @@ def sample(
     flow_map: FlowMap,
     *,
     num_samples: int,
-    steering: Guidance | BestOfN | None = None,
+    steering: Steering | None = None,
     num_steps: int | None = None,
     dynamics: str | None = None,
     seed: int = 0,
     label: int | Tensor | None = None,
     cfg_scale: float | None = None,
     preset: str | None = None,
-    grid: TimeGrid | None = None,
+    grid: Grid | None = None,
+    order: int = 1,
+    max_nfe: int | None = None,
+    judges: Mapping[str, Reward] | None = None,
     batch_size: int = 256,
     keep_particles: bool = False,
     first_image: int = 0,
@@ -112,12 +70,16 @@ def sample(
     All noise is keyed by (seed, image, step, particle, draw): image i does not depend on num_samples or batch_size.
 
     Args:
-        steering: a guidance, BestOfN, or None.
+        steering: a method, or None.
         num_steps: outer steps K (50 unless the preset says otherwise); grid: outer times (default `TimeGrid()`).
-        dynamics: "ode" or "sde"; None: what the preset says, or "sde" with a guidance and "ode" without.
+        dynamics: "ode" or "sde"; None: what the preset says, or what the method does best with.
         preset: a name in `PRESETS`: its steps and grid where none are given here, its treatment of gradient guidance.
+        order: 2 takes steps of second order in the drift, at no further call (`dynamics.extrapolate`).
+        max_nfe: calls an image that are never exceeded; the method is cut to fit before it starts (`within_budget`).
+        judges: rewards by name that score the images and are not optimised; not counted.
         label: one class for all, (num_samples,) classes, or None.
-        batch_size: rows (images x particles) in flight; memory, not results, depends on it.
+        batch_size: rows (images x particles) in flight; memory, not results, depends on it. Particles of one image
+            that interact (search, SMC) stay together.
         keep_particles: return all particles and their rewards.
         first_image: number of the first image, so that a large job can be cut into calls.
         progress: called with (images done, num_samples).
@@ -129,120 +91,159 @@ def sample(
         raise ValueError(f"dynamics={dynamics!r}: expected one of {', '.join(DYNAMICS)}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}, or none")
+    require(order in (1, 2), "order", order, "1 or 2")
     recipe = Preset() if preset is None else PRESETS[preset]
-    steering = recipe.apply(steering)
-    times = (grid or recipe.grid).times(recipe.num_steps if num_steps is None else num_steps)
+    method, steps = recipe.apply(steering or Unguided()), recipe.num_steps if num_steps is None else num_steps
+    require_at_least_one(num_steps=steps)
+    if max_nfe is not None:
+        method, steps = within_budget(method, steps, max_nfe)
+    outer = OuterSampler(
+        PaddedFlowMap(flow_map),
+        DYNAMICS[dynamics or recipe.dynamics_for(method)](),
+        (grid or recipe.grid_for(method)).times(steps),
+        cfg_scale,
+        second_order=order == 2,
+    )
     labels = _labels(flow_map, label, num_samples)
-    particles = steering.num_particles if isinstance(steering, BestOfN) else 1
-    process = DYNAMICS[dynamics or recipe.dynamics_for(steering)]()
-    outer = OuterSampler(flow_map, process, times, cfg_scale)
     calls, device = CallCounter(), _device(flow_map)
     parts = []
-    images_at_once = max(1, batch_size // particles)
+    images_at_once = max(1, batch_size // method.num_particles)
     for begin in range(0, num_samples, images_at_once):
         count = min(images_at_once, num_samples - begin)
-        noise = KeyedNoise.for_images(seed, count, first=first_image + begin, device=device).spread(particles)
+        noise = KeyedNoise.for_images(seed, count, first=first_image + begin, device=device)
         chunk_labels = None if labels is None else labels[begin : begin + count]
-        part = _sample_images(outer, steering, noise, chunk_labels, calls, batch_size)
-        parts.append(part if keep_particles else replace(part, particles=None, particle_rewards=None))
+        part = _sample_images(outer, method, noise, chunk_labels, calls, batch_size)
+        parts.append(part if keep_particles else _without_particles(part))
         if progress is not None:
             progress(begin + count, num_samples)
-    return _join(parts, calls, num_samples)
+    samples = _join(parts, calls, num_samples)
+    return replace(samples, judges={name: _score(judge, samples.images) for name, judge in (judges or {}).items()})
 
 
 @dataclass(frozen=True)
 class OuterSampler:
-    """The loop over outer times for a batch of rows."""
+    """The loop over outer times for a batch of images."""
 
     flow_map: FlowMap
     dynamics: Dynamics
     times: list[float]
     cfg_scale: float | None = None
+    second_order: bool = False
 
-    def run(self, guidance: Guidance, noise: KeyedNoise, label: Tensor | None, calls: CallCounter) -> Trajectory:
-        """Integrate rows from x_{t_0} ~ N(0, Id), noise (rows,); the drift is never evaluated at t = 1."""
+    def run(
+        self, method: Steering, noise: KeyedNoise, label: Tensor | None, calls: CallCounter
+    ) -> tuple[Particles, dict[str, Tensor]]:
+        """Particles (I, P, *event) moved from x_{t_0} ~ N(0, Id) to t = 1, and the trace (num_steps, I) by name.
+
+        noise (I, P), one key a particle; label (I,) or None. The drift is never evaluated at t = 1.
+        """
+        rows = noise.flatten()
+        x = rows.fold_in(Stream.START).normal(*self.flow_map.event_shape).unflatten(0, noise.keys.shape)
+        particles = Particles(x, torch.zeros(noise.keys.shape, dtype=torch.float64, device=x.device))
+        labels = None if label is None else label.repeat_interleave(noise.keys.shape[1])
         trace: dict[str, list[Tensor]] = {}
-        x = noise.fold_in(Stream.START).normal(*self.flow_map.event_shape)
         for step, (now, then) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
-            at_step = noise.fold_in(step)
-            t, t_next = torch.full_like(x.flatten(1)[:, 0], now), torch.full_like(x.flatten(1)[:, 0], then)
-            context = SteeringContext(self.flow_map, at_step, calls, label, self.cfg_scale)
+            t, t_next = (torch.full(rows.keys.shape, time, device=x.device) for time in (now, then))
+            context = SteeringContext(
+                self.flow_map, rows.fold_in(step), calls, labels, self.cfg_scale, self.dynamics, self.second_order
+            )
             with torch.no_grad():
-                velocity = self.flow_map.drift(x, t, label=label, cfg_scale=self.cfg_scale)
-                calls.drift += x.shape[0]
-                guided = guidance.guide(x, t, velocity, context)
-                x = self.dynamics.step(x, t, t_next, velocity, guided.correction, at_step)
-            _record(trace, guided, velocity)
-        return Trajectory(x1=x, trace=trace)
+                advanced = method.advance(particles, t, t_next, context)
+            particles = advanced.particles
+            for name, values in advanced.diagnostics.items():
+                trace.setdefault(name, []).append(values)
+        return particles, {name: torch.stack(values) for name, values in trace.items()}
 
 
 def _sample_images(
     outer: OuterSampler,
-    steering: Guidance | BestOfN | None,
+    method: Steering,
     noise: KeyedNoise,
     labels: Tensor | None,
     calls: CallCounter,
     batch_size: int,
 ) -> Samples:
-    """A chunk of images, noise (images, particles); counts are left to `calls`."""
-    num_images, num_particles = noise.keys.shape
-    guidance = steering if isinstance(steering, Guidance) else Unguided()
-    keys, row_labels = noise.flatten(), None if labels is None else labels.repeat_interleave(num_particles)
-    rows = keys.keys.shape[0]
-    parts = []
-    for begin in range(0, rows, batch_size):
-        part = slice(begin, min(begin + batch_size, rows))
-        part_labels = None if row_labels is None else row_labels[part]
-        parts.append(run_padded(outer, guidance, keys[part], part_labels, calls))
-    x1 = torch.cat([part.x1 for part in parts])
+    """A chunk of images, noise (images,); counts are left to `calls`."""
+    particles, trace = _run_particles(outer, method, noise.spread(method.num_particles), labels, calls, batch_size)
     space = outer.flow_map.space
-    images = space.clamp(space.to_data_units(x1)).unflatten(0, (num_images, num_particles))
-    trace = {key: torch.cat([torch.stack(part.trace[key]) for part in parts], dim=1) for key in parts[0].trace}
-    reward = getattr(steering, "reward", None)
-    if reward is None:
+    images = space.clamp(space.to_data_units(particles.x))
+    if method.scored_by is None:
         return Samples(images=images[:, 0], rewards=None, nfe=0, calls={}, trace=trace, particles=images)
-    with torch.no_grad():
-        rewards = _score_padded(reward, images.flatten(0, 1)).unflatten(0, (num_images, num_particles))
-    if isinstance(steering, BestOfN):
+    rewards = _score(method.scored_by, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    if method.cost().at_end:
         calls.reward += rewards.numel()
-    best = rewards.argmax(dim=1)
-    index = torch.arange(num_images, device=best.device)
+    chosen = method.choose(particles, rewards, noise)
+    index = torch.arange(len(chosen), device=chosen.device)
     return Samples(
-        images=images[index, best],
-        rewards=rewards[index, best],
+        images=images[index, chosen],
+        rewards=rewards[index, chosen],
         nfe=0,
         calls={},
         trace=trace,
         particles=images,
         particle_rewards=rewards,
+        particle_log_weights=method.final_log_weights(particles, rewards),
     )
 
 
-def run_padded(
-    outer: OuterSampler, guidance: Guidance, noise: KeyedNoise, label: Tensor | None, calls: CallCounter
-) -> Trajectory:
-    """`OuterSampler.run` with rows padded to a multiple of `ROW_MULTIPLE`; padding is neither returned nor counted."""
-    rows = noise.keys.shape[0]
-    missing = -rows % ROW_MULTIPLE
-    if missing == 0:
-        return outer.run(guidance, noise, label, calls)
-    index = _padded_index(rows, noise.keys.device)
-    scratch = CallCounter()
-    padded = outer.run(guidance, noise[index], None if label is None else label[index], scratch)
-    for kind, count in vars(scratch).items():
-        setattr(calls, kind, getattr(calls, kind) + count * rows // (rows + missing))
-    return Trajectory(padded.x1[:rows], {key: [row[:rows] for row in rows_] for key, rows_ in padded.trace.items()})
+def _run_particles(
+    outer: OuterSampler,
+    method: Steering,
+    noise: KeyedNoise,
+    labels: Tensor | None,
+    calls: CallCounter,
+    batch_size: int,
+) -> tuple[Particles, dict[str, Tensor]]:
+    """All particles of the images; those that do not interact are run as images of their own, `batch_size` at once."""
+    num_images, num_particles = noise.keys.shape
+    if method.interacting or num_particles == 1:
+        return outer.run(method, noise, labels, calls)
+    keys = KeyedNoise(noise.keys.reshape(-1, 1))
+    rows = None if labels is None else labels.repeat_interleave(num_particles)
+    parts = [
+        outer.run(method, keys[part], None if rows is None else rows[part], calls)[0].x
+        for part in _slices(len(keys.keys), batch_size)
+    ]
+    x = torch.cat(parts).reshape(num_images, num_particles, *outer.flow_map.event_shape)
+    return Particles(x, torch.zeros(noise.keys.shape, dtype=torch.float64, device=x.device)), {}
 
 
-def _score_padded(reward: Reward, samples: Tensor) -> Tensor:
-    """`score` on a multiple of `ROW_MULTIPLE` rows: rewards are networks too."""
-    return score(reward, samples[_padded_index(samples.shape[0], samples.device)])[: samples.shape[0]]
+def adapt_grid(
+    flow_map: FlowMap,
+    steering: Steering | None = None,
+    *,
+    num_images: int = 16,
+    num_steps: int = 100,
+    seed: int = 0,
+    label: int | None = None,
+    cfg_scale: float | None = None,
+    dynamics: str | None = None,
+) -> AdaptedGrid:
+    """A grid whose steps change the clean estimate by equal amounts, measured on a pilot run of `num_images` images.
+
+    The change of a step is the root mean square, over images, of how far the (steered) clean sample that the states
+    move towards went since the step before. Once for a model and a reward; the same grid then serves every image, so
+    that images stay independent of each other.
+    """
+    require_at_least_one(num_images=num_images, num_steps=num_steps)
+    method, times = steering or Unguided(), TimeGrid().times(num_steps)
+    recorder = _Recorder(DYNAMICS[dynamics or method.default_dynamics]())
+    outer = OuterSampler(PaddedFlowMap(flow_map), recorder, times, cfg_scale)
+    noise = KeyedNoise.for_images(seed, num_images, device=_device(flow_map)).spread(method.num_particles)
+    outer.run(method, noise, _labels(flow_map, label, num_images), CallCounter())
+    moves = [float((b - a).square().flatten(1).sum(1).mean().sqrt()) for a, b in pairwise(recorder.clean)]
+    return AdaptedGrid(times, [moves[0], *moves])
 
 
-def _padded_index(rows: int, device: torch.device) -> Tensor:
-    """0 .. rows - 1, and row 0 again up to a multiple of `ROW_MULTIPLE`."""
-    index = torch.arange(rows + -rows % ROW_MULTIPLE, device=device)
-    return torch.where(index < rows, index, 0)
+class _Recorder(Dynamics):
+    """Another dynamics, and the clean samples that it was told."""
+
+    def __init__(self, inner: Dynamics) -> None:
+        self.inner, self.clean = inner, list[Tensor]()
+
+    def step(self, x: Tensor, clean: Tensor, t: Tensor, t_next: Tensor, noise: Noise) -> Tensor:
+        self.clean.append(clean)
+        return self.inner.step(x, clean, t, t_next, noise)
 
 
 def refine(
@@ -266,9 +267,8 @@ def refine(
     for begin in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - begin)
         noise = KeyedNoise.for_images(seed, count, first=begin, device=_device(flow_map))
-        index = _padded_index(count, noise.keys.device)
-        chunk_labels = None if labels is None else labels[begin : begin + count][index]
-        parts.append(_refine_rows(flow_map, noise[index], num_steps, chunk_labels, cfg_scale)[:count])
+        chunk_labels = None if labels is None else labels[begin : begin + count]
+        parts.append(_refine_rows(PaddedFlowMap(flow_map), noise, num_steps, chunk_labels, cfg_scale))
     return flow_map.space.clamp(flow_map.space.to_data_units(torch.cat(parts)))
 
 
@@ -281,8 +281,7 @@ def _refine_rows(
         at_step = noise.fold_in(step)
         t, later = (torch.full_like(x.flatten(1)[:, 0], edge / num_steps) for edge in (step, step + 1))
         draws = flow_map.posterior_draws(x, t, num_draws=1, generator=at_step, label=label, cfg_scale=cfg_scale)
-        fresh = at_step.fold_in(Stream.RENOISE).normal(*flow_map.event_shape)
-        x = LinearInterpolant().sample(fresh, draws.squeeze(1), later).x_t
+        x = Renoising().step(x, draws.squeeze(1), t, later, at_step)
     return x
 
 
@@ -332,14 +331,17 @@ def _labels(flow_map: FlowMap, label: int | Tensor | None, num_samples: int) -> 
     return labels.expand(num_samples)
 
 
-def _record(trace: dict[str, list[Tensor]], guided: GuidedDrift, velocity: Tensor) -> None:
-    if guided.value is None:
-        return
-    ratio = guided.correction.flatten(1).norm(dim=1) / velocity.flatten(1).norm(dim=1).clamp_min(1e-12)
-    trace.setdefault("value", []).append(guided.value.value)
-    trace.setdefault("standard_error", []).append(guided.value.standard_error)
-    trace.setdefault("effective_sample_size", []).append(guided.value.effective_sample_size)
-    trace.setdefault("guidance_ratio", []).append(ratio)
+def _score(reward: Reward, samples: Tensor) -> Tensor:
+    with torch.no_grad():
+        return score(reward, samples)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+def _without_particles(part: Samples) -> Samples:
+    return replace(part, particles=None, particle_rewards=None, particle_log_weights=None)
 
 
 def _join(parts: list[Samples], calls: CallCounter, num_samples: int) -> Samples:
@@ -351,6 +353,7 @@ def _join(parts: list[Samples], calls: CallCounter, num_samples: int) -> Samples
         trace={key: torch.cat([part.trace[key] for part in parts], dim=1) for key in parts[0].trace},
         particles=_cat([part.particles for part in parts]),
         particle_rewards=_cat([part.particle_rewards for part in parts]),
+        particle_log_weights=_cat([part.particle_log_weights for part in parts]),
     )
 
 

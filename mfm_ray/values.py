@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +25,49 @@ class ValueEstimate:
 
 def estimate_value(rewards: Tensor) -> ValueEstimate:
     """Value estimate from rewards (B, K) of K posterior draws; differentiable in the rewards through `value`."""
-    num_draws = rewards.shape[1]
-    value = torch.logsumexp(rewards, dim=1) - math.log(num_draws)
-    weights = posterior_weights(rewards.detach())
-    size = 1 / weights.square().sum(1)
-    # relative variance of the mean weight: (K sum w^2 - 1) / (K - 1) for weights that sum to one
-    relative = (num_draws / size - 1).clamp_min(0) / max(1, num_draws - 1)
-    return ValueEstimate(value=value, standard_error=relative.sqrt(), effective_sample_size=size)
+    return RunningValue.of(rewards).estimate(rewards.dtype)
+
+
+@dataclass(frozen=True)
+class RunningValue:
+    """What a value estimate needs of the rewards seen so far, so that draws may come in parts; (B,) float64 each.
+
+    first: logsumexp_i r_i; second: logsumexp_i 2 r_i, detached; count: K. In float64, because a stiff reward's
+    differences drown in float32's spacing.
+    """
+
+    first: Tensor
+    second: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, rewards: Tensor) -> RunningValue:
+        """From rewards (B, K)."""
+        rewards = rewards.double()
+        count = torch.full_like(rewards[:, 0], rewards.shape[1])
+        return cls(rewards.logsumexp(1), (2 * rewards.detach()).logsumexp(1), count.detach())
+
+    def merge(self, other: RunningValue) -> RunningValue:
+        """As if both parts had been one."""
+        return RunningValue(
+            torch.logaddexp(self.first, other.first),
+            torch.logaddexp(self.second, other.second),
+            self.count + other.count,
+        )
+
+    def effective_sample_size(self) -> Tensor:
+        """(sum w)^2 / sum w^2, (B,) in [1, K]."""
+        return torch.minimum((2 * self.first.detach() - self.second).exp().clamp_min(1), self.count)
+
+    def estimate(self, dtype: torch.dtype = torch.float32) -> ValueEstimate:
+        size = self.effective_sample_size()
+        # relative variance of the mean weight: (K sum w^2 - 1) / (K - 1) for weights that sum to one
+        relative = (self.count / size - 1).clamp_min(0) / (self.count - 1).clamp_min(1)
+        return ValueEstimate(
+            value=(self.first - torch.log(self.count)).to(dtype),
+            standard_error=relative.sqrt().to(dtype),
+            effective_sample_size=size.to(dtype),
+        )
 
 
 def posterior_weights(rewards: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Layer 0 is the paper: torch and layer 0. Layer 2 knows clusters. Layer 3 are entry points. All else is layer 1.
-LAYER_0_PACKAGE = "mfm_ray.objectives"
+LAYER_0_PACKAGES = ("mfm_ray.objectives", "mfm_ray.steering")
 LAYER_0_MODULES = {
     "mfm_ray.data_space",
     "mfm_ray.errors",
@@ -22,7 +22,8 @@ LAYER_0_MODULES = {
     "mfm_ray.glass",
     "mfm_ray.tangents",
     "mfm_ray.values",
-    "mfm_ray.steering",
+    "mfm_ray.padding",
+    "mfm_ray.presets",
     "mfm_ray.samplers",
 }
 LAYER_2 = ("mfm_ray.training", "mfm_ray.tuning", "mfm_ray.config", "mfm_ray.conf")
@@ -51,7 +52,7 @@ SOURCES = {
 
 
 LAYER_0 = LAYER_0_MODULES | {
-    name for name in SOURCES if name == LAYER_0_PACKAGE or name.startswith(f"{LAYER_0_PACKAGE}.")
+    name for name in SOURCES if name in LAYER_0_PACKAGES or name.startswith(tuple(f"{p}." for p in LAYER_0_PACKAGES))
 }
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import mfm_ray as mfm
 from mfm_ray.data_space import DataSpace
-from mfm_ray.dynamics import MemorylessDiffusion, ProbabilityFlow, TimeGrid
+from mfm_ray.dynamics import AdaptedGrid, Dynamics, MemorylessDiffusion, PowerOfLinear, ProbabilityFlow, TimeGrid
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.networks.gaussian import GaussianMixture, GaussianMixtureFlowMap, LinearObservation, isotropic_mixture
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 from mfm_ray.noise import KeyedNoise
@@ -18,14 +19,20 @@ from mfm_ray.samplers import (
     diagonal_posterior_draws,
 )
 from mfm_ray.steering import (
+    DPS,
+    SMC,
+    AutoDraws,
     BestOfN,
     CallCounter,
     GradientFreeGuidance,
     GradientGuidance,
     GuidedDrift,
+    PosteriorResampling,
+    Search,
     SteeringContext,
     Unguided,
 )
+from mfm_ray.steering.budget import within_budget
 
 
 def mixture() -> GaussianMixture:
@@ -38,6 +45,11 @@ def oracle(*, num_inner_steps: int = 8) -> FlowMap:
 
 def observation() -> LinearObservation:
     return LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=0.5)
+
+
+def drift_step(dynamics: Dynamics, x, t, t_next, velocity, correction, noise) -> Tensor:
+    """A step along a steered drift: the clean sample is the steered posterior mean."""
+    return dynamics.step(x, LinearInterpolant().posterior_mean(x, velocity + correction, t), t, t_next, noise)
 
 
 def brightness(pixels: Tensor) -> Tensor:
@@ -84,7 +96,8 @@ def assert_moments(x: Tensor, law: GaussianMixture, *, bias: float) -> None:
 def test_with_the_exact_drift_both_dynamics_reach_the_law(dynamics, guidance):
     """The data's law unsteered, the tilted law steered, with 200 steps."""
     sampler = OuterSampler(oracle(), dynamics, TimeGrid().times(200))
-    x1 = sampler.run(guidance, KeyedNoise.for_images(0, 4000), None, CallCounter()).x1
+    particles, _ = sampler.run(guidance, KeyedNoise.for_images(0, 4000).spread(1), None, CallCounter())
+    x1 = particles.rows
     law = observation().tilt(mixture()) if isinstance(guidance, ExactGuidance) else mixture()
     assert_moments(x1, law, bias=0.03)
 
@@ -119,8 +132,8 @@ def test_a_bridge_step_agrees_with_euler_maruyama_to_first_order():
 
     differences = []
     for dt in (0.02, 0.01):
-        mean = MemorylessDiffusion().step(x, t, t + dt, b, c, Still(0.0))
-        variance = (MemorylessDiffusion().step(x, t, t + dt, b, c, Still(1.0)) - mean).square()
+        mean = drift_step(MemorylessDiffusion(), x, t, t + dt, b, c, Still(0.0))
+        variance = (drift_step(MemorylessDiffusion(), x, t, t + dt, b, c, Still(1.0)) - mean).square()
         euler = x + dt * (2 * b - x / t[:, None] + 2 * c)
         differences.append(((mean - euler).norm(), (variance - 2 * (1 - 0.4) / 0.4 * dt).norm()))
     for coarse, fine in zip(*differences, strict=True):
@@ -130,9 +143,9 @@ def test_a_bridge_step_agrees_with_euler_maruyama_to_first_order():
 def test_a_bridge_step_to_the_end_returns_the_posterior_mean_and_any_step_is_stable():
     x, b, c = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0))
     t, noise = torch.full((8,), 0.001), KeyedNoise.for_images(0, 8)
-    end = MemorylessDiffusion().step(x, t, torch.ones(8), b, c, noise)
+    end = drift_step(MemorylessDiffusion(), x, t, torch.ones(8), b, c, noise)
     torch.testing.assert_close(end, x + 0.999 * (b + c))
-    assert MemorylessDiffusion().step(x, t, torch.full((8,), 0.5), b, c, noise).abs().max() < 10
+    assert drift_step(MemorylessDiffusion(), x, t, torch.full((8,), 0.5), b, c, noise).abs().max() < 10
 
 
 def test_a_bridge_step_is_the_interpolants_conditional_law():
@@ -145,7 +158,7 @@ def test_a_bridge_step_is_the_interpolants_conditional_law():
     state = torch.full((n, 1), x)
     times = [torch.full((n,), value) for value in (t, later)]
     velocity = torch.full((n, 1), (m - x) / (1 - t))
-    stepped = MemorylessDiffusion().step(state, *times, velocity, 0 * state, KeyedNoise.for_images(0, n))
+    stepped = drift_step(MemorylessDiffusion(), state, *times, velocity, 0 * state, KeyedNoise.for_images(0, n))
     assert abs(stepped.mean() - mean) < 4 * math.sqrt(variance / n)
     assert abs(stepped.var() / variance - 1) < 4 * math.sqrt(2 / n)
 
@@ -159,7 +172,7 @@ def test_the_memoryless_diffusion_reaches_the_exact_posterior_and_no_other_does(
     times = torch.linspace(start, 1, 201)
     for step, (now, then) in enumerate(itertools.pairwise(times)):
         t, t_next = now.expand(n), then.expand(n)
-        x = MemorylessDiffusion().step(x, t, t_next, flow_map.drift(x, t), 0 * x, noise.fold_in(step))
+        x = drift_step(MemorylessDiffusion(), x, t, t_next, flow_map.drift(x, t), 0 * x, noise.fold_in(step))
     squares = (x - exact.mean()).square()
     variance = exact.covariance()[0, 0, 0]
     assert (x.mean() - exact.mean()[0, 0]).abs() < (4 / math.sqrt(n) + 0.01) * variance.sqrt()
@@ -190,11 +203,23 @@ METHODS = {
     "gradient": GradientGuidance(brightness, num_draws=3),
     "gradient_free": GradientFreeGuidance(brightness, num_draws=5),
     "best_of_n": BestOfN(brightness, num_particles=3),
+    "gradient_auto": GradientGuidance(brightness, num_draws=AutoDraws(effective=2.5, first=2, most=8)),
+    "dps": DPS(brightness),
+    "resampling": PosteriorResampling(brightness, num_draws=5),
+    "search": Search(brightness, num_particles=3, num_draws=2),
+    "search_alone": Search(
+        brightness, num_particles=2, num_draws=3, resampling="max_per_particle", transition="deterministic"
+    ),
+    "smc": SMC(brightness, num_particles=5, resample_threshold=0.9),
+    "smc_draws": SMC(brightness, num_particles=3, num_draws=2, potential="feynman_kac", resample_threshold=1.0),
+    "smc_value": SMC(brightness, num_particles=3, num_draws=2, potential="value"),
 }
+ODE_METHODS = [name for name in METHODS if not name.startswith("smc")]
 
 
-@pytest.mark.parametrize("dynamics", ["ode", "sde"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dynamics"), [(name, "sde") for name in METHODS] + [(name, "ode") for name in ODE_METHODS]
+)
 def test_an_image_is_the_same_to_the_bit_whatever_else_is_sampled(method, dynamics):
     """Over the number of samples, the batch size, the position in a batch and the cut into calls."""
     flow_map, labels = network(), torch.arange(33) % 10
@@ -241,13 +266,21 @@ def test_seeds_labels_and_images_differ():
         (GradientGuidance(brightness, num_draws=3), 6 + 4 * 3 * 6),  # K + 4 N K
         (GradientFreeGuidance(brightness, num_draws=3), 6 + 2 * 3 * 6),  # K + 2 N K
         (BestOfN(brightness, num_particles=5), 6 * 5 + 5),  # K N + N
+        (DPS(brightness), 4 * 6),  # 4 K
+        (Search(brightness, num_particles=3, num_draws=2), 2 * 3 * 2 * 6),  # 2 M N K
+        (PosteriorResampling(brightness, num_draws=3), 2 * 3 * 6),  # 2 N K
+        (SMC(brightness, num_particles=3), 4 * 3 * 6 + 3),  # 4 P K + P
+        (SMC(brightness, num_particles=3, num_draws=2, potential="feynman_kac"), 5 * 3 * 6 + 3),
+        (SMC(brightness, num_particles=3, num_draws=2, potential="value"), 9 * 3 * 6 + 3),
     ],
 )
 def test_network_and_reward_calls_are_counted_as_the_paper_counts_them(steering, nfe, num_samples):
     samples = mfm.sample(network(), num_samples=num_samples, steering=steering, num_steps=6, batch_size=10)
     assert samples.nfe == nfe
     assert sum(samples.calls.values()) == nfe
-    assert samples.calls["drift"] == (30 if isinstance(steering, BestOfN) else 6)
+    assert (steering or Unguided()).cost().total(6) == nfe
+    if steering is None or isinstance(steering, GradientGuidance | GradientFreeGuidance | DPS):
+        assert samples.calls["drift"] == 6
 
 
 def test_best_of_n_returns_the_particle_with_the_highest_reward():
@@ -300,9 +333,74 @@ def test_unsteered_samples_have_neither_rewards_nor_trace():
 def test_the_default_dynamics_are_the_sde_where_a_drift_is_steered_and_the_ode_elsewhere():
     for method, steering in METHODS.items():
         settings = {"num_samples": 4, "num_steps": 3, "steering": steering}
-        expected = "sde" if method.startswith("gradient") else "ode"
+        expected = "ode" if method in ("unsteered", "best_of_n") else "sde"
         given = mfm.sample(network(), dynamics=expected, **settings)
         assert torch.equal(mfm.sample(network(), **settings).images, given.images)
+
+
+def test_the_papers_search_has_its_own_times():
+    steering = Search(brightness, num_particles=2, num_draws=2)
+    paper = mfm.sample(network(), num_samples=2, steering=steering, preset="paper", num_steps=4)
+    by_hand = mfm.sample(network(), num_samples=2, steering=steering, num_steps=4, grid=PowerOfLinear(0.01, 2.5))
+    assert torch.equal(paper.images, by_hand.images)
+    assert PowerOfLinear(0.01, 2.5).times(2) == [0.01**2.5, 0.505**2.5, 1.0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_nfe", [1, 2, 3, 7, 20, 50, 119, 10_000])
+def test_a_budget_is_never_exceeded_and_a_sample_always_returned(method, max_nfe):
+    settings = {"num_samples": 3, "steering": METHODS[method], "num_steps": 8}
+    samples = mfm.sample(network(), max_nfe=max_nfe, **settings)
+    assert 1 <= samples.nfe <= max_nfe
+    assert torch.isfinite(samples.images).all()
+    if max_nfe == 10_000:
+        assert torch.equal(samples.images, mfm.sample(network(), **settings).images)
+
+
+def test_a_budget_is_used_and_costs_steps_before_draws():
+    gradient = GradientGuidance(brightness, num_draws=4)  # 17 calls a step
+    assert within_budget(gradient, 50, 17 * 20 + 16) == (gradient, 20)
+    assert within_budget(gradient, 50, 60) == (replace(gradient, num_draws=2), 6)
+    assert within_budget(gradient, 3, 17 * 3) == (gradient, 3)
+    assert within_budget(gradient, 50, 12) == (replace(gradient, num_draws=1), 2)
+    assert within_budget(BestOfN(brightness, num_particles=100), 10, 56) == (BestOfN(brightness, num_particles=5), 10)
+
+
+def test_judges_score_the_images_and_are_not_counted():
+    samples = mfm.sample(network(), num_samples=3, num_steps=2, judges={"brightness": brightness})
+    torch.testing.assert_close(samples.judges["brightness"], brightness(samples.images))
+    assert samples.nfe == 2
+
+
+def test_steps_of_second_order_follow_the_exact_drift_an_order_better_at_the_same_calls():
+    """ODE of the exact drift against 3200 Euler steps: halving the step divides the error by 2, or by more than 2.4."""
+    flow_map, settings = oracle(), {"num_samples": 64, "dynamics": "ode"}
+    exact = mfm.sample(flow_map, num_steps=3200, **settings).images
+    error = {
+        (order, steps): (mfm.sample(flow_map, num_steps=steps, order=order, **settings).images - exact).norm()
+        for order in (1, 2)
+        for steps in (25, 50)
+    }
+    assert 1.7 < error[1, 25] / error[1, 50] < 2.3
+    assert error[2, 25] / error[2, 50] > 2.4  # 2^1.5: the steps grow along the grid
+    assert error[2, 25] < error[1, 25] / 6
+    assert mfm.sample(flow_map, num_samples=1, num_steps=7, order=2).nfe == 7
+
+
+def test_an_adapted_grid_puts_its_times_where_the_clean_estimate_changes():
+    grid = AdaptedGrid(knots=[0.1, 0.5, 0.7, 1.0], change=[0.0, 3.0, 1.0])
+    times = grid.times(4)
+    assert times[0] == 0.1
+    assert times[-1] == 1.0
+    assert times == sorted(set(times))
+    torch.testing.assert_close(
+        torch.tensor(times[1:3]), torch.tensor([0.5 + 0.2 / 3, 0.5 + 0.4 / 3]), atol=1e-3, rtol=0
+    )
+    pilot = mfm.adapt_grid(network(), GradientGuidance(brightness, num_draws=2), num_steps=12, num_images=4)
+    again = mfm.adapt_grid(network(), GradientGuidance(brightness, num_draws=2), num_steps=12, num_images=4)
+    assert pilot == again
+    steered = mfm.sample(network(), num_samples=2, num_steps=6, grid=pilot)
+    assert steered.nfe == 6
 
 
 def test_progress_counts_images():
@@ -351,6 +449,9 @@ def sample_with(**settings: object) -> object:
         ({"num_samples": 0}, "num_samples=0: expected an integer of at least 1"),
         ({"num_steps": 0}, "num_steps=0: expected an integer of at least 1"),
         ({"batch_size": 0}, "batch_size=0: expected an integer of at least 1"),
+        ({"order": 3}, "order=3: expected 1 or 2"),
+        ({"max_nfe": 0}, "max_nfe=0: expected an integer of at least 1"),
+        ({"steering": SMC(brightness, num_particles=2), "dynamics": "ode"}, "dynamics=ode: expected sde: SMC weighs"),
         ({"dynamics": "pde"}, "dynamics='pde': expected one of ode, sde"),
         ({"preset": "fast"}, "preset='fast': expected one of paper"),
         ({"label": 10}, "label=10: expected an integer from 0 to 9"),

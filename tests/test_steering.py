@@ -198,8 +198,8 @@ def test_a_reward_that_is_not_finite_is_an_error_that_names_it(bad):
 
 
 def test_a_reward_of_the_wrong_shape_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"reward broken: returned shape \(3, 1\) for 3 samples"):
-        score(Named(lambda x: x.sum(1, keepdim=True)), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"reward broken: returned shape \(4, 1\) for 4 samples"):
+        score(Named(lambda x: x.sum(1, keepdim=True)), torch.zeros(4, 2))
 
 
 def test_a_reward_without_a_gradient_is_refused_by_gradient_guidance_alone():

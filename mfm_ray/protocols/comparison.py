@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mfm_ray import metrics
 from mfm_ray.flow_map import FlowMap
-from mfm_ray.samplers import ROW_MULTIPLE, Samples, sample
+from mfm_ray.padding import ROW_MULTIPLE
+from mfm_ray.samplers import Samples, sample
 from mfm_ray.steering import GradientFreeGuidance, GradientGuidance, Guidance, Reward, score
 
 Judge = Callable[[Tensor], Tensor]

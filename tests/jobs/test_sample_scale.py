@@ -238,6 +238,7 @@ def test_a_reward_that_is_no_number_ends_the_job_without_another_try(
 
     config = load_config("sample", [f"model={model}", "num_samples=8", "shard_size=4", "num_steps=1"])
     maker = ShardMaker(
+        judges={},
         flow_map=load_flow_map(model),
         steering=BestOfN(broken, num_particles=2),
         config=config,  # type: ignore[arg-type]
