@@ -56,7 +56,9 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A finished shard. reward, reward_std: of its images, None when unsteered; judges: means by name; settings: hash of what decided them;
+    """A finished shard.
+
+    reward, reward_std: of its images, None when unsteered; judges: means by name; settings: hash of what decided them;
     device: where they were calculated, "cpu" or "cuda", whose last bits differ.
     """
 
@@ -90,18 +92,8 @@ def plan_shards(num_samples: int, shard_size: int) -> list[Shard]:
 
 def deciding_settings(config: SampleConfig) -> dict[str, Any]:
     """Everything that the samples depend on; batch_size and the number of workers are none of it."""
-    keys = [
-        "seed",
-        "num_samples",
-        "shard_size",
-        "num_steps",
-        "dynamics",
-        "order",
-        "max_nfe",
-        "preset",
-        "label",
-        "cfg_scale",
-    ]
+    sampler = ("num_steps", "dynamics", "order", "max_nfe", "preset", "label", "cfg_scale")
+    keys = ("seed", "num_samples", "shard_size", *sampler)
     scores = [config.reward, {"parts": config.judges}]
     data = {place: _data_checksum(place) for reward in scores for place in _data_places(reward)}
     return {
@@ -245,7 +237,7 @@ def make_record(shard: Shard, content: bytes, drawn: Any, *, settings: Mapping[s
 
 
 def samples_parquet(drawn: Any, *, label: int | None, seed: int, first_image: int = 0) -> bytes:
-    """Columns image (fixed-shape tensor, data units), reward, nfe, label, seed, index, judge.<name>; one sample a row."""
+    """Columns image (fixed-shape tensor, data units), reward, nfe, label, seed, index, judge.NAME; a sample a row."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq

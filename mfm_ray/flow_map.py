@@ -110,7 +110,8 @@ class FlowMap(nn.Module, ABC):
         """i.i.d. draws x_1 ~ p(x_1 | x_t), (B, num_draws, *event), differentiable in x_t at fixed inner noise.
 
         One step is X_{0,1}(eps); more compose the map over the uniform grid of `num_steps` steps. Exact when the
-        map is. first_draw: number of the first draw, for keyed noise, so that draws can be made in parts. Raises ValueError for num_draws or num_steps below 1.
+        map is. first_draw: number of the first draw, for keyed noise, so that draws can be made in parts. Raises
+        ValueError for num_draws or num_steps below 1.
         """
         require_at_least_one(num_draws=num_draws, num_steps=num_steps)
         noise = as_noise(generator, like=x_t).fold_in(Stream.DRAW).spread(num_draws, first=first_draw)
