@@ -14,7 +14,7 @@ from mfm_ray.storage import Storage
 
 def check(config: EvaluateConfig) -> None:
     """The protocol's settings fit together, and model and data are there and whole."""
-    from jobs.evaluation import load_parts
+    from jobs.evaluation import evaluator
     from jobs.recipe import training_config
     from jobs.train import check as check_training
     from mfm_ray.protocols import build_protocol
@@ -31,7 +31,8 @@ def check(config: EvaluateConfig) -> None:
         raise InputError(
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
-    load_parts(Storage(config.model), None if config.data_path is None else Storage(config.data_path))
+    data = None if config.data_path is None else Storage(config.data_path)
+    evaluator(protocol.name).load(Storage(config.model), data)
 
 
 def body(run: JobRun) -> Outcome:

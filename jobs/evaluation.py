@@ -1,23 +1,45 @@
-"""Runs protocol=digits on a model and writes report, data and figures, for `jobs.evaluate` and `jobs.demo`."""
+"""Runs a protocol on a model and writes report, data and figures, for `jobs.evaluate` and `jobs.demo`."""
 
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.contract import JobRun, Outcome
 from jobs.provenance import versions
 from mfm_ray.config import flatten, to_dict
-from mfm_ray.protocols.digits import DigitsProtocol
+from mfm_ray.protocols import Protocol
 from mfm_ray.storage import Storage
 
 REPORT, DATA = "report.html", "data.parquet"
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """How a protocol is run.
+
+    load: (model, data or None for bundled data) to its material, InputError naming what is missing or damaged;
+    evaluate: (protocol, material, seed=, log=) to an evaluation that has `metrics()`; data: (evaluation, history) to
+    the bytes of a Parquet file; report: (evaluation, provenance) to a page; table: lines for the terminal.
+    """
+
+    load: Callable[[Storage, Storage | None], Any]
+    evaluate: Callable[..., Any]
+    data: Callable[[Any, Sequence[Mapping[str, float]]], bytes]
+    report: Callable[[Any, Any], str]
+    table: Callable[[Any], list[str]]
+
+
+def evaluator(name: str) -> Evaluator:
+    """Of the protocol of that name."""
+    return _EVALUATORS[name]()
+
+
 def evaluate_model(
     run: JobRun,
-    protocol: DigitsProtocol,
+    protocol: Protocol,
     model: Storage,
     data: Storage | None,
     *,
@@ -28,13 +50,10 @@ def evaluate_model(
     began: float,
 ) -> Outcome:
     """The outcome of an evaluation. data: shards, None for bundled data; began: time.monotonic() of the job's start."""
-    from mfm_ray.protocols.digits import Material, evaluate_digits
-    from mfm_ray.protocols.table import evaluation_parquet
-    from mfm_ray.reporting.digits import Provenance, digits_report, headline
-    from mfm_ray.reporting.terminal import evaluation_table
+    from mfm_ray.reporting.provenance import Provenance
 
-    material = Material(*load_parts(model, data))
-    evaluation = evaluate_digits(protocol, material, seed=run.seed, log=run.log)
+    how = evaluator(protocol.name)
+    evaluation = how.evaluate(protocol, how.load(model, data), seed=run.seed, log=run.log)
     total = time.monotonic() - began
     provenance = Provenance(
         command=command,
@@ -45,9 +64,9 @@ def evaluate_model(
         train_seconds=train_seconds,
         total_seconds=total,
     )
-    run.storage.write_bytes(DATA, evaluation_parquet(evaluation, history))
-    run.storage.write_bytes(REPORT, digits_report(evaluation, provenance).encode())
-    run.log("\n".join(["", *evaluation_table(evaluation), "", headline(evaluation)]))
+    run.storage.write_bytes(DATA, how.data(evaluation, history))
+    run.storage.write_bytes(REPORT, how.report(evaluation, provenance).encode())
+    run.log("\n".join(["", *how.table(evaluation)]))
     run.log(f"report: {run.storage.uri_of(REPORT)}")
     timing = {} if train_seconds is None else {"train_seconds": train_seconds}
     return Outcome(
@@ -56,8 +75,40 @@ def evaluate_model(
     )
 
 
-def load_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:
-    """Flow map, judge, training and held-out images; InputError naming what is missing or damaged."""
+def _digits() -> Evaluator:
+    from mfm_ray.protocols.digits import Material, evaluate_digits
+    from mfm_ray.protocols.table import evaluation_parquet
+    from mfm_ray.reporting.digits import digits_report, headline
+    from mfm_ray.reporting.terminal import evaluation_table
+
+    return Evaluator(
+        load=lambda model, data: Material(*_digit_parts(model, data)),
+        evaluate=evaluate_digits,
+        data=evaluation_parquet,
+        report=digits_report,
+        table=lambda evaluation: [*evaluation_table(evaluation), "", headline(evaluation)],
+    )
+
+
+def _gmm() -> Evaluator:
+    from mfm_ray.pretrained import load_flow_map
+    from mfm_ray.protocols.gmm import evaluate_gmm, gmm_parquet
+    from mfm_ray.reporting.gmm import gmm_report, gmm_table
+
+    return Evaluator(
+        load=lambda model, data: load_flow_map(model),
+        evaluate=evaluate_gmm,
+        data=lambda evaluation, history: gmm_parquet(evaluation),
+        report=gmm_report,
+        table=gmm_table,
+    )
+
+
+_EVALUATORS: dict[str, Callable[[], Evaluator]] = {"digits": _digits, "gmm": _gmm}
+
+
+def _digit_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:
+    """Flow map, judge, training and held-out images."""
     from jobs.prepare_data import make_dataset
     from mfm_ray.data.shards import load_split
     from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config

@@ -17,7 +17,8 @@ from mfm_ray.protocols import build_protocol
 from mfm_ray.protocols.digits import Material, evaluate_digits
 from mfm_ray.protocols.table import SCHEMA, evaluation_parquet
 from mfm_ray.reporting import charts, page, pictures
-from mfm_ray.reporting.digits import Provenance, digits_report, headline
+from mfm_ray.reporting.digits import digits_report, headline
+from mfm_ray.reporting.provenance import Provenance
 from mfm_ray.reporting.terminal import evaluation_table
 
 SHORT = (

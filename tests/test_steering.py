@@ -7,6 +7,7 @@ from torch import Tensor
 from mfm_ray.networks.gaussian import GaussianMixture, GaussianMixtureFlowMap, LinearObservation, isotropic_mixture
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.steering import (
+    AutoDraws,
     BestOfN,
     CallCounter,
     GradientFreeGuidance,
@@ -246,3 +247,40 @@ def test_a_reward_whose_gradient_is_nan_is_an_error_that_names_it():
 def test_impossible_settings_are_refused_by_name(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("method", [GradientGuidance, GradientFreeGuidance])
+@pytest.mark.parametrize("at_once", [1, 3, 8, 100])
+def test_draws_made_in_parts_add_up_exactly_and_cost_the_same(method, at_once):
+    stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=0.05)
+    x, y = contexts(6), contexts(6)
+    whole = method(stiff, num_draws=8).guide(**x)
+    parts = method(stiff, num_draws=8, draws_at_once=at_once).guide(**y)
+    torch.testing.assert_close(parts.correction, whole.correction, rtol=1e-4, atol=1e-5)
+    for name in ("value", "standard_error", "effective_sample_size"):
+        torch.testing.assert_close(getattr(parts.value, name), getattr(whole.value, name), rtol=1e-4, atol=1e-5)
+    assert x["context"].calls == y["context"].calls
+
+
+@pytest.mark.parametrize("method", [GradientGuidance, GradientFreeGuidance])
+def test_automatic_draws_stop_row_by_row_when_enough_of_them_count(method):
+    """A row has either reached the effective size or spent the most draws, and equals a fixed number of draws."""
+    stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=0.4)
+    auto = AutoDraws(effective=5.0, first=4, most=32)
+    x = contexts(40)
+    guided = method(stiff, num_draws=auto, trust_region=None).guide(**x) if method is GradientGuidance else None
+    guided = guided or method(stiff, num_draws=auto).guide(**x)
+    size = guided.value.effective_sample_size
+    fixed = {}
+    for num_draws in (4, 8, 16, 32):
+        steering = method(stiff, num_draws=num_draws, **({"trust_region": None} if method is GradientGuidance else {}))
+        fixed[num_draws] = steering.guide(**contexts(40))
+    spent = 0
+    for row in range(40):
+        enough = [n for n, other in fixed.items() if other.value.effective_sample_size[row] >= 5.0]
+        draws = min(enough, default=32)
+        spent += draws
+        torch.testing.assert_close(guided.correction[row], fixed[draws].correction[row], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(size[row], fixed[draws].value.effective_sample_size[row], rtol=1e-4, atol=1e-4)
+    assert x["context"].calls.draw == x["context"].calls.reward == spent
+    assert 4 * 40 < spent < 32 * 40

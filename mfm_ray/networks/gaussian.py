@@ -151,8 +151,8 @@ class LinearObservation:
     observation: float
     noise: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return -((x @ self.direction - self.observation) ** 2) / (2 * self.noise**2)
+    def __call__(self, samples: Tensor) -> Tensor:
+        return -((samples @ self.direction - self.observation) ** 2) / (2 * self.noise**2)
 
     def log_evidence(self, mixture: GaussianMixture) -> Tensor:
         """log E[exp r(x)] by component, weights included, (..., K); the value function's summands for a posterior.

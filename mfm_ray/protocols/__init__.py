@@ -5,16 +5,18 @@ from typing import Any
 
 from mfm_ray.errors import InputError
 from mfm_ray.protocols.digits import DigitsProtocol
+from mfm_ray.protocols.gmm import GmmProtocol
 from mfm_ray.settings import from_dict
 
-PROTOCOLS = {"digits": DigitsProtocol}
+Protocol = DigitsProtocol | GmmProtocol
+PROTOCOLS: dict[str, type[Protocol]] = {"digits": DigitsProtocol, "gmm": GmmProtocol}
 
 
-def build_protocol(settings: Mapping[str, Any]) -> DigitsProtocol:
+def build_protocol(settings: Mapping[str, Any]) -> Protocol:
     """The protocol that a mapping {"name": ..., **settings} describes, checked; InputError in one line."""
     name = settings.get("name")
     if name not in PROTOCOLS:
         raise InputError(f"protocol.name={name}: expected one of {', '.join(PROTOCOLS)}")
-    protocol = from_dict(PROTOCOLS[name], settings, prefix="protocol.")
+    protocol = from_dict(PROTOCOLS[str(name)], settings, prefix="protocol.")
     protocol.check()
     return protocol

@@ -85,9 +85,17 @@ class Line:
 
 
 def curves(
-    lines: Sequence[Line], *, title: str, x_label: str, y_label: str, log: bool = False, marker: str = ""
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    log_x: bool = False,
+    marker: str = "",
+    reference: float | None = None,
 ) -> str:
-    """Curves over a common axis; `log` for the y axis."""
+    """Curves over a common axis; `log` for the y axis, `log_x` for the other; `reference` is a dotted level."""
     with _drawing() as (figure, axes):
         for line in lines:
             axes.plot(
@@ -105,6 +113,12 @@ def curves(
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
             _thin_log_ticks(axes, [y for line in lines for y in line.y])
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        if reference is not None:
+            axes.axhline(reference, color=COLOURS["muted"], linestyle=(0, (1, 2)), linewidth=1.2)
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
         if len(lines) > 1:
@@ -191,6 +205,20 @@ def grouped_bars(
         axes.legend(loc="upper right")
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
+        return _svg(figure, title)
+
+
+def scatter(clouds: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], *, title: str, limit: float) -> str:
+    """Points in the plane by (label, family, points), later clouds on top, within +-limit."""
+    with _drawing() as (figure, axes):
+        for label, family, points in clouds:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=3, color=COLOURS[family], alpha=0.55, linewidths=0, label=label)
+        axes.set_xlim(-limit, limit)
+        axes.set_ylim(-limit, limit)
+        axes.set_aspect("equal")
+        axes.legend(loc="upper left", markerscale=3)
+        _label(axes, title, "", "")
         return _svg(figure, title)
 
 

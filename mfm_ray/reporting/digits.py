@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from mfm_ray.protocols.comparison import SINGLE_DRAW, best_of
 from mfm_ray.protocols.digits import MASKED, DigitsEvaluation
 from mfm_ray.reporting import charts, page
-from mfm_ray.reporting.page import duration, number, text
+from mfm_ray.reporting.page import duration, number
+from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.reporting.steering import steering_section, summary_section
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a report comes from. history: lines of metrics.jsonl; settings: flat configuration; facts: name to text."""
-
-    command: str
-    versions: Mapping[str, object]
-    settings: Mapping[str, object]
-    facts: Mapping[str, str] = field(default_factory=dict)
-    history: Sequence[Mapping[str, float]] = ()
-    train_seconds: float | None = None
-    total_seconds: float | None = None
 
 
 def digits_report(evaluation: DigitsEvaluation, provenance: Provenance) -> str:
@@ -37,7 +24,7 @@ def digits_report(evaluation: DigitsEvaluation, provenance: Provenance) -> str:
             *_distance(evaluation),
             *steering_section(evaluation),
             *summary_section(evaluation),
-            *_making(evaluation, provenance),
+            *making_section(provenance, evaluation.seconds),
         ],
     )
 
@@ -219,20 +206,6 @@ def _distance(evaluation: DigitsEvaluation) -> Iterator[str]:
         f"{protocol.posterior_ode_steps} midpoint steps; 256 projections; pixels in [0, 1].",
     )
     yield page.table(header, body)
-
-
-def _making(evaluation: DigitsEvaluation, provenance: Provenance) -> Iterator[str]:
-    yield page.heading("How this page was made")
-    yield f"<pre>{text(provenance.command)}</pre>"
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.versions.items() if version)
-    total = "" if provenance.total_seconds is None else f" All in all it took {duration(provenance.total_seconds)}."
-    yield page.paragraph(text(f"Versions: {versions}.{total}"))
-    for name, fact in provenance.facts.items():
-        yield page.paragraph(f"{text(name).capitalize()}: {text(fact)}.")
-    seconds = {name: f"{spent:.1f} s" for name, spent in evaluation.seconds.items()}
-    yield page.unfold("Seconds of each stage of the evaluation", page.settings_table(seconds))
-    yield page.unfold("Settings", page.settings_table(provenance.settings))
-    yield "<footer>All numbers behind the figures are in data.parquet beside this file.</footer>"
 
 
 def headline(evaluation: DigitsEvaluation) -> str:
