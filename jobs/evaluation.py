@@ -104,7 +104,35 @@ def _gmm() -> Evaluator:
     )
 
 
-_EVALUATORS: dict[str, Callable[[], Evaluator]] = {"digits": _digits, "gmm": _gmm}
+def _values() -> Evaluator:
+    from mfm_ray.protocols.values import evaluate_values, values_parquet
+    from mfm_ray.reporting.values import values_report, values_table
+
+    return Evaluator(
+        load=_values_material,
+        evaluate=evaluate_values,
+        data=lambda evaluation, history: values_parquet(evaluation),
+        report=values_report,
+        table=values_table,
+    )
+
+
+_EVALUATORS: dict[str, Callable[[], Evaluator]] = {"digits": _digits, "gmm": _gmm, "values": _values}
+
+
+def _values_material(model: Storage, data: Storage | None) -> Any:
+    """Flow map and held-out data, with the classifier of a model of images."""
+    from jobs.prepare_data import make_dataset
+    from mfm_ray.data.shards import load_split
+    from mfm_ray.pretrained import load_flow_map, read_model_config
+    from mfm_ray.protocols.values import ValuesMaterial
+
+    described = read_model_config(model)["data"]
+    if described["kind"] == "image":
+        flow_map, classifier, _, heldout = _digit_parts(model, data)
+        return ValuesMaterial(flow_map, heldout, classifier)
+    heldout = make_dataset(described["name"]).splits["heldout"] if data is None else load_split(data, "heldout")
+    return ValuesMaterial(load_flow_map(model), heldout)
 
 
 def _digit_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:

@@ -11,6 +11,7 @@ from mfm_ray.metrics.classes import (
     pmf_distance,
     total_variation,
 )
+from mfm_ray.metrics.correlation import Correlation, pearson
 from mfm_ray.metrics.distances import (
     NUM_PROJECTIONS,
     frechet_distance,
@@ -32,6 +33,7 @@ from mfm_ray.metrics.selection import (
 
 __all__ = [
     "NUM_PROJECTIONS",
+    "Correlation",
     "Mean",
     "Memorisation",
     "Nearest",
@@ -51,6 +53,7 @@ __all__ = [
     "memorisation",
     "nearest_neighbours",
     "over_floor",
+    "pearson",
     "pmf_distance",
     "rbf_bandwidths",
     "sliced_w2",

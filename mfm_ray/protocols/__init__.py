@@ -6,10 +6,15 @@ from typing import Any
 from mfm_ray.errors import InputError
 from mfm_ray.protocols.digits import DigitsProtocol
 from mfm_ray.protocols.gmm import GmmProtocol
+from mfm_ray.protocols.values import ValuesProtocol
 from mfm_ray.settings import from_dict
 
-Protocol = DigitsProtocol | GmmProtocol
-PROTOCOLS: dict[str, type[Protocol]] = {"digits": DigitsProtocol, "gmm": GmmProtocol}
+Protocol = DigitsProtocol | GmmProtocol | ValuesProtocol
+PROTOCOLS: dict[str, type[Protocol]] = {
+    "digits": DigitsProtocol,
+    "gmm": GmmProtocol,
+    "values": ValuesProtocol,
+}
 
 
 def build_protocol(settings: Mapping[str, Any]) -> Protocol:

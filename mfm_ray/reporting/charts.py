@@ -75,13 +75,14 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve."""
+    """A named curve; band: lower and upper ends of an interval around it, drawn as a shade."""
 
     x: Sequence[float]
     y: Sequence[float]
     label: str
     family: str
     dashed: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def curves(
@@ -108,6 +109,8 @@ def curves(
                 marker=marker or None,
                 markersize=5,
             )
+            if line.band is not None:
+                axes.fill_between(line.x, *line.band, color=COLOURS[line.family], alpha=0.15, linewidth=0)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -219,6 +222,26 @@ def scatter(clouds: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], *,
         axes.set_aspect("equal")
         axes.legend(loc="upper left", markerscale=3)
         _label(axes, title, "", "")
+        return _svg(figure, title)
+
+
+def agreement(
+    clouds: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], *, title: str, x_label: str, y_label: str
+) -> str:
+    """Points by (label, family, points) on equal axes around the line where both sides agree; later clouds on top."""
+    with _drawing() as (figure, axes):
+        for label, family, points in clouds:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=9, color=COLOURS[family], alpha=0.6, linewidths=0, label=label)
+        values = [value for _, _, points in clouds for point in points for value in point]
+        margin = 0.04 * (max(values) - min(values)) or 1.0
+        limits = (min(values) - margin, max(values) + margin)
+        axes.plot(limits, limits, color=COLOURS["muted"], linestyle=(0, (1, 2)), linewidth=1.2, zorder=0)
+        axes.set_xlim(limits)
+        axes.set_ylim(limits)
+        axes.set_aspect("equal")
+        axes.legend(loc="upper left", markerscale=1.6, handletextpad=0.1)
+        _label(axes, title, x_label, y_label)
         return _svg(figure, title)
 
 
