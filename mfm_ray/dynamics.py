@@ -99,8 +99,11 @@ class Dynamics(ABC):
     """How x_t becomes x_t' once its clean sample x_1 is chosen; x_1 itself at t' = 1.
 
     All three carry p_t to p_t' exactly when x_1 ~ p(x_1 | x_t), whatever the length of the step; with the posterior
-    mean in its place each is a first-order step of an ODE or SDE. The same holds for the tilted laws.
+    mean in its place each is a first-order step of an ODE or SDE. The same holds for the tilted laws. random: whether
+    noise enters.
     """
+
+    random: bool = True
 
     @abstractmethod
     def step(self, x: Tensor, clean: Tensor, t: Tensor, t_next: Tensor, noise: Noise) -> Tensor:
@@ -112,6 +115,8 @@ class ProbabilityFlow(Dynamics):
 
     With the posterior mean it is Euler's step of dx = (b_t + correction) dt. Deterministic.
     """
+
+    random = False
 
     def step(self, x: Tensor, clean: Tensor, t: Tensor, t_next: Tensor, noise: Noise) -> Tensor:
         kept = (1 - t_next) / (1 - t)

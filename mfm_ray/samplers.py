@@ -239,7 +239,7 @@ class _Recorder(Dynamics):
     """Another dynamics, and the clean samples that it was told."""
 
     def __init__(self, inner: Dynamics) -> None:
-        self.inner, self.clean = inner, list[Tensor]()
+        self.inner, self.random, self.clean = inner, inner.random, list[Tensor]()
 
     def step(self, x: Tensor, clean: Tensor, t: Tensor, t_next: Tensor, noise: Noise) -> Tensor:
         self.clean.append(clean)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from mfm_ray.errors import require
 from mfm_ray.flow_map import require_at_least_one
 from mfm_ray.interpolants import expand_time
-from mfm_ray.steering.method import SteeringContext
+from mfm_ray.noise import Noise, Stream
+from mfm_ray.steering.method import SteeringContext, pick
 from mfm_ray.values import RunningValue
 
 
@@ -59,34 +61,83 @@ def fewer_draws(num_draws: NumDraws) -> int | None:
 class DrawTotals:
     """What a set of draws adds up to, (B, ...) each; sets merge exactly.
 
-    value: of their rewards; weighted: sum_i softmax(r)_i f_i of whatever f a method averages; plain: mean_i f_i.
+    value: of their rewards; mean and tilted_mean: of the draws, the latter by softmax(r); picked: one of the draws,
+    taken with probability softmax(r), and its `ticket`, the perturbed reward that won it; gradient: of the value,
+    where a method takes it.
     """
 
     value: RunningValue
-    weighted: Tensor
-    plain: Tensor | None = None
+    mean: Tensor
+    tilted_mean: Tensor
+    picked: Tensor
+    ticket: Tensor
+    gradient: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        draws: Tensor,
+        rewards: Tensor,
+        noise: Noise,
+        *,
+        first_draw: int = 0,
+        gradient: Tensor | None = None,
+    ) -> DrawTotals:
+        """Of draws (B, K, *event) and their rewards (B, K), both detached here; noise of the step."""
+        draws, rewards = draws.detach(), rewards.detach()
+        ticket, index = (rewards.double() + gumbel(noise, rewards.shape[1], first=first_draw)).max(1)
+        return cls(
+            value=RunningValue.of(rewards),
+            mean=draws.mean(1),
+            tilted_mean=torch.einsum("bk,bk...->b...", torch.softmax(rewards, dim=1), draws),
+            picked=pick(draws, index),
+            ticket=ticket,
+            gradient=gradient,
+        )
+
+    @property
+    def spread(self) -> Tensor:
+        """How far a draw of the tilted posterior is from its mean, (B, *event): zero for a single draw."""
+        return self.picked - self.tilted_mean
 
     def merge(self, other: DrawTotals) -> DrawTotals:
         """As if both sets had been one."""
         value = self.value.merge(other.value)
-        weighted = _towards(self.weighted, other.weighted, torch.exp(other.value.first - value.first))
-        if self.plain is None or other.plain is None:
-            return DrawTotals(value, weighted)
-        return DrawTotals(value, weighted, _towards(self.plain, other.plain, other.value.count / value.count))
+        share = torch.exp(other.value.first - value.first)
+        better = other.ticket > self.ticket
+        return DrawTotals(
+            value=value,
+            mean=_towards(self.mean, other.mean, other.value.count / value.count),
+            tilted_mean=_towards(self.tilted_mean, other.tilted_mean, share),
+            picked=torch.where(expand_time(better, self.picked), other.picked, self.picked),
+            ticket=torch.maximum(self.ticket, other.ticket),
+            gradient=None
+            if self.gradient is None or other.gradient is None
+            else _towards(self.gradient, other.gradient, share),
+        )
 
     def rows(self, index: Tensor) -> DrawTotals:
-        value = RunningValue(*(part[index] for part in (self.value.first, self.value.second, self.value.count)))
-        return DrawTotals(value, self.weighted[index], None if self.plain is None else self.plain[index])
+        return _of_tensors([None if part is None else part[index] for part in self._tensors()])
 
     def with_rows(self, index: Tensor, part: DrawTotals) -> DrawTotals:
         """These totals, those at `index` replaced."""
-        value = RunningValue(
-            self.value.first.index_copy(0, index, part.value.first),
-            self.value.second.index_copy(0, index, part.value.second),
-            self.value.count.index_copy(0, index, part.value.count),
-        )
-        plain = None if self.plain is None or part.plain is None else self.plain.index_copy(0, index, part.plain)
-        return DrawTotals(value, self.weighted.index_copy(0, index, part.weighted), plain)
+        pairs = zip(self._tensors(), part._tensors(), strict=True)
+        return _of_tensors([None if a is None or b is None else a.index_copy(0, index, b) for a, b in pairs])
+
+    def _tensors(self) -> list[Tensor | None]:
+        value = self.value
+        rest = (self.mean, self.tilted_mean, self.picked, self.ticket, self.gradient)
+        return [value.first, value.second, value.count, *rest]
+
+
+def _of_tensors(parts: Sequence[Any]) -> DrawTotals:
+    return DrawTotals(RunningValue(*parts[:3]), *parts[3:])
+
+
+def gumbel(noise: Noise, num: int, *, first: int = 0) -> Tensor:
+    """Standard Gumbel deviates (B, num) float64: the argmax of logits plus these is a draw of their softmax."""
+    uniform = noise.fold_in(Stream.RESAMPLE).spread(num, first=first).uniform().double()
+    return -torch.log(-torch.log(uniform))
 
 
 def _towards(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

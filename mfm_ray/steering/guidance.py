@@ -34,10 +34,14 @@ from mfm_ray.values import RunningValue, ValueEstimate
 
 @dataclass(frozen=True)
 class GuidedDrift:
-    """The correction to the ODE drift, (B, *event), and the value estimate it came from (None when unsteered)."""
+    """The correction to the ODE drift, (B, *event), and the value estimate it came from (None when unsteered).
+
+    spread: how far a draw of the tilted posterior lies from its mean, (B, *event), where the method has draws.
+    """
 
     correction: Tensor
     value: ValueEstimate | None
+    spread: Tensor | None = None
 
 
 class Guidance(Steering):
@@ -62,6 +66,10 @@ class Guidance(Steering):
             if particles.memory is not None:
                 t_previous, previous = particles.memory
                 clean = clean + extrapolate(memory[1], previous, t_previous, t, t_next)
+        if context.dynamics.random and guided.spread is not None:
+            # Towards a draw of the tilted posterior, not its mean: a step of the SDE then keeps the posterior's own
+            # spread, which the mean loses, the more the longer the step is.
+            clean = clean + guided.spread
         moved = context.dynamics.step(x, clean, t, t_next, context.noise)
         diagnostics = {name: mean_over_particles(particles, row) for name, row in _diagnose(guided, velocity).items()}
         return Step(Particles(particles.like(moved), particles.log_weights, memory), diagnostics)
@@ -130,21 +138,21 @@ class GradientGuidance(Guidance):
 
     def guide(self, x_t: Tensor, t: Tensor, velocity: Tensor, context: SteeringContext) -> GuidedDrift:
         total = total_of_draws(self._part, x_t, t, self.num_draws, self.draws_at_once, context)
+        assert total.gradient is not None
         correction = self.guidance_scale * limited(
-            total.weighted, x_t, t, velocity, context, kappa=self.kappa, renormalise=self.renormalise
+            total.gradient, x_t, t, velocity, context, kappa=self.kappa, renormalise=self.renormalise
         )
-        return GuidedDrift(correction=correction, value=total.value.estimate())
+        return GuidedDrift(correction, total.value.estimate(), total.spread)
 
     @torch.enable_grad()
     def _part(self, x_t: Tensor, t: Tensor, first: int, count: int, context: SteeringContext) -> DrawTotals:
         """Gradient of logsumexp over draws first .. first + count - 1."""
         x = x_t.detach().requires_grad_()
-        _, rewards = draw_and_score(self.reward, x, t, count, context, first_draw=first)
-        value = RunningValue.of(rewards)
-        gradient = reward_gradient(self.reward, value.first, rewards, x)
+        draws, rewards = draw_and_score(self.reward, x, t, count, context, first_draw=first)
+        gradient = reward_gradient(self.reward, rewards.logsumexp(1), rewards, x)
         context.calls.draw_backward += rewards.numel()
         context.calls.reward_backward += rewards.numel()
-        return DrawTotals(replace(value, first=value.first.detach()), weighted=gradient)
+        return DrawTotals.of(draws, rewards, context.noise, first_draw=first, gradient=gradient)
 
     def cost(self) -> Cost:
         return Cost(per_step=1 + 4 * most_draws(self.num_draws))
@@ -181,17 +189,14 @@ class GradientFreeGuidance(Guidance):
 
     def guide(self, x_t: Tensor, t: Tensor, velocity: Tensor, context: SteeringContext) -> GuidedDrift:
         total = total_of_draws(self._part, x_t, t, self.num_draws, self.draws_at_once, context)
-        assert total.plain is not None
         # the drift is never evaluated at t = 1, where this would be 0 / 0
-        correction = self.guidance_scale * (total.weighted - total.plain) / expand_time(1 - t, x_t)
-        return GuidedDrift(correction=correction, value=total.value.estimate())
+        correction = self.guidance_scale * (total.tilted_mean - total.mean) / expand_time(1 - t, x_t)
+        return GuidedDrift(correction, total.value.estimate(), total.spread)
 
     @torch.no_grad()
     def _part(self, x_t: Tensor, t: Tensor, first: int, count: int, context: SteeringContext) -> DrawTotals:
         draws, rewards = draw_and_score(self.reward, x_t, t, count, context, first_draw=first, clamp=True)
-        weights = torch.softmax(rewards, dim=1)
-        mean = torch.einsum("bk,bk...->b...", weights, draws)
-        return DrawTotals(RunningValue.of(rewards), weighted=mean, plain=draws.mean(1))
+        return DrawTotals.of(draws, rewards, context.noise, first_draw=first)
 
     def cost(self) -> Cost:
         return Cost(per_step=1 + 2 * most_draws(self.num_draws))

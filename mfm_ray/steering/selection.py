@@ -13,8 +13,8 @@ from torch import Tensor
 from mfm_ray.dynamics import ProbabilityFlow, Renoising
 from mfm_ray.errors import require
 from mfm_ray.flow_map import require_at_least_one
-from mfm_ray.noise import Noise, Stream
 from mfm_ray.steering.calls import Cost
+from mfm_ray.steering.draws import gumbel
 from mfm_ray.steering.guidance import Unguided
 from mfm_ray.steering.method import Particles, Steering, SteeringContext, Step, pick
 from mfm_ray.steering.scoring import Reward, draw_and_score
@@ -141,12 +141,6 @@ class BestOfN(Steering):
 
     def thriftier(self) -> Steering | None:
         return replace(self, num_particles=self.num_particles // 2) if self.num_particles > 1 else None
-
-
-def gumbel(noise: Noise, num: int) -> Tensor:
-    """Standard Gumbel deviates (B, num) float64: the argmax of logits plus these is a draw of their softmax."""
-    uniform = noise.fold_in(Stream.RESAMPLE).spread(num).uniform().double()
-    return -torch.log(-torch.log(uniform))
 
 
 def value_diagnostics(value: ValueEstimate, particles: Particles) -> dict[str, Tensor]:
