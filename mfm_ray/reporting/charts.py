@@ -240,7 +240,7 @@ def agreement(
         axes.set_xlim(limits)
         axes.set_ylim(limits)
         axes.set_aspect("equal")
-        axes.legend(loc="upper left", markerscale=1.6, handletextpad=0.1)
+        axes.legend(loc="best", markerscale=1.6, handletextpad=0.1)
         _label(axes, title, x_label, y_label)
         return _svg(figure, title)
 

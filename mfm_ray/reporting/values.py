@@ -77,7 +77,7 @@ def _opening(evaluation: ValuesEvaluation) -> Iterator[str]:
         "rule along the GLASS velocity of the same model's drift. <b>r</b> is Pearson's correlation over the data, "
         "with a 95 percent interval; it forgives estimates that are all too high or too flat, so <b>bias</b> and "
         "<b>rms</b> of estimate minus truth, in nats, stand beside it. <b>Ceiling</b>: the r that a second set of "
-        "rollouts would reach, more than which cannot be expected of as many draws."
+        "rollouts would reach; only estimates with less noise of their own, such as a posterior mean's, exceed it."
     )
 
 
@@ -108,7 +108,7 @@ def _reward_section(evaluation: ValuesEvaluation, reward: str) -> Iterator[str]:
     yield page.charts(
         [_correlation_chart(study) for study in studies],
         "Correlation with the rollouts' value against network calls for one estimate, with 95 percent intervals. The "
-        "dotted line is the ceiling.",
+        "dotted line is the ceiling, itself estimated from the two halves of the rollouts.",
     )
     yield page.charts(
         [_error_chart(study) for study in studies],
