@@ -224,7 +224,7 @@ def _methods(protocol: GmmProtocol, flow_map: FlowMap, reward: LinearObservation
             for draws in protocol.draws_resampling:
                 resampling = PosteriorResampling(reward, num_draws=draws)
                 key, label = f"resampling_{draws}_k{length}", f"Resampling, {_draws(draws)}, {length} steps"
-                yield steer(key, label, "accent", resampling, draws, length, dynamics)
+                yield steer(key, label, "resampling", resampling, draws, length, dynamics)
         yield steer("dps", "DPS", "muted", DPS(reward), 1, steps, dynamics)
     for n in protocol.best_of:
         yield _best_of(protocol, flow_map, reward, n)

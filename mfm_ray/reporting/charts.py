@@ -31,6 +31,7 @@ COLOURS = {
     "best_of_n": "#0d0e0f",
     "mfm_g": "#101112",
     "mfm_gf": "#131415",
+    "resampling": "#191a1b",
     "accent": "#161718",
 }
 _POINTS_A_LETTER = 4.7  # of a name at 8.5 points

@@ -10,7 +10,7 @@ from mfm_ray.reporting.page import number, text
 from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.reporting.terminal import aligned
 
-_FAMILIES = {"mfm_g": "MFM-G", "mfm_gf": "MFM-GF", "accent": "posterior resampling"}
+_FAMILIES = {"mfm_g": "MFM-G", "mfm_gf": "MFM-GF", "resampling": "posterior resampling"}
 _LIMIT = 5.5
 
 
@@ -117,7 +117,6 @@ def _curves(evaluation: GmmEvaluation) -> Iterator[str]:
                     title=f"Spread of the residual, {dynamics.upper()}",
                     x_label="calls for one sample",
                     y_label="standard deviation",
-                    log=True,
                     log_x=True,
                     marker="o",
                     reference=evaluation.exact_residual_std,

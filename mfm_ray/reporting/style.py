@@ -3,10 +3,12 @@
 CSS = """
 :root { color-scheme: light dark;
   --bg: #fbfbf9; --card: #ffffff; --ink: #1b1e23; --muted: #5b6370; --line: #e2e3e7; --accent: #2a66d9;
-  --unsteered: #858c98; --best-of-n: #d0701a; --mfm-g: #2a66d9; --mfm-gf: #0b8f7d; }
+  --unsteered: #858c98; --best-of-n: #d0701a; --mfm-g: #2a66d9; --mfm-gf: #0b8f7d;
+  --resampling: #9a3fb5; }
 @media (prefers-color-scheme: dark) { :root {
   --bg: #131519; --card: #1a1d23; --ink: #e8eaee; --muted: #9aa3b1; --line: #2d323b; --accent: #78a8ff;
-  --unsteered: #8f98a6; --best-of-n: #f2a24e; --mfm-g: #78a8ff; --mfm-gf: #3fccb6; } }
+  --unsteered: #8f98a6; --best-of-n: #f2a24e; --mfm-g: #78a8ff; --mfm-gf: #3fccb6;
+  --resampling: #d58bec; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--bg); color: var(--ink);
