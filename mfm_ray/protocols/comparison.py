@@ -13,7 +13,7 @@ from mfm_ray import metrics
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.padding import ROW_MULTIPLE
 from mfm_ray.samplers import Samples, sample
-from mfm_ray.steering import GradientFreeGuidance, GradientGuidance, Guidance, Reward, score
+from mfm_ray.steering import DPS, GradientFreeGuidance, GradientGuidance, PosteriorResampling, Reward, Steering, score
 
 Judge = Callable[[Tensor], Tensor]
 """Logits (N, num_classes) from images (N, *event) in data units."""
@@ -21,15 +21,21 @@ Judge = Callable[[Tensor], Tensor]
 UNSTEERED = "unsteered"
 SINGLE_DRAW = "mfm_g"
 GRADIENT_FREE = "mfm_gf"
+RESAMPLING = "resampling"
+BASELINE = "dps"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to get a sample. `key` names its metrics; `family` its colour: unsteered, best_of_n, mfm_g or mfm_gf."""
+    """A way to get a sample. `key` names its metrics, `family` its colour (`reporting.charts.COLOURS`).
+
+    num_steps: of its own, where it does not make the steps of all others.
+    """
 
     key: str
     label: str
     family: str
+    num_steps: int | None = None
 
 
 def best_of(n: int) -> Method:
@@ -191,10 +197,10 @@ def score_unsteered(problem: Problem, pool: Pool, *, shown: int) -> MethodScore:
     return replace(first, method=Method(UNSTEERED, "Unsteered", "unsteered"), nfe=pool.nfe)
 
 
-def score_guidance(
+def score_steered(
     problem: Problem,
     method: Method,
-    guidance: Callable[[Reward], Guidance],
+    steering: Callable[[Reward], Steering],
     flow_map: FlowMap,
     judge: Judge,
     *,
@@ -213,8 +219,8 @@ def score_guidance(
     drawn = sample(
         flow_map,
         num_samples=rows,
-        steering=guidance(reward),
-        num_steps=num_steps,
+        steering=steering(reward),
+        num_steps=method.num_steps or num_steps,
         dynamics=dynamics,
         seed=seed,
         batch_size=rows,
@@ -240,12 +246,17 @@ def pool_rewards(problem: Problem, pool: Pool) -> Tensor:
         return torch.stack([score(target.reward, pool.images) for target in problem.targets])
 
 
-def guidances(num_draws: Sequence[int], num_draws_gradient_free: int) -> dict[Method, Callable[[Reward], Guidance]]:
-    """The steered methods of a comparison."""
-    steered: dict[Method, Callable[[Reward], Guidance]] = {
+def steered_methods(
+    num_draws: Sequence[int], num_draws_gradient_free: int, *, num_draws_resampling: int, resampling_steps: int
+) -> dict[Method, Callable[[Reward], Steering]]:
+    """The steered methods of a comparison: MFM-G, MFM-GF, posterior resampling in few steps, and the baseline DPS."""
+    steered: dict[Method, Callable[[Reward], Steering]] = {
         gradient(draws): partial(GradientGuidance, num_draws=draws) for draws in num_draws
     }
     steered[gradient_free(num_draws_gradient_free)] = partial(GradientFreeGuidance, num_draws=num_draws_gradient_free)
+    resampling = Method(RESAMPLING, f"Resampling, {num_draws_resampling} draws", "resampling", resampling_steps)
+    steered[resampling] = partial(PosteriorResampling, num_draws=num_draws_resampling)
+    steered[Method(BASELINE, "DPS", "muted")] = DPS
     return steered
 
 

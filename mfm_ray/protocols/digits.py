@@ -23,6 +23,7 @@ from mfm_ray.protocols.comparison import Method, Problem, Study
 from mfm_ray.protocols.work import Work
 from mfm_ray.samplers import refine
 from mfm_ray.settings import setting
+from mfm_ray.steering import Reward, Steering
 
 SHOWN = 8
 """Pictures of one method in a row of the report."""
@@ -46,6 +47,8 @@ class DigitsProtocol:
     samples_per_reward: int = setting("steered samples for each other reward; a multiple of 4", minimum=4)
     num_draws: list[int] = setting("posterior draws a step of MFM-G, each compared; 1 is always among them", minimum=1)
     num_draws_gradient_free: int = setting("posterior draws a step of MFM-GF", minimum=2)
+    num_draws_resampling: int = setting("posterior draws a step of posterior resampling", minimum=2)
+    resampling_steps: int = setting("steps of posterior resampling, which needs few", minimum=1)
     pool_size: int = setting("unsteered samples that all rewards and all n of Best-of-n share", minimum=1)
     best_of: list[int] = setting("the n of Best-of-n", minimum=1)
     rewards: list[str] = setting("which comparisons to make", choices=PROBLEMS)
@@ -167,7 +170,7 @@ def _studies(protocol: DigitsProtocol, material: Material, rows: Tensor, work: W
         pool = comparison.make_pool(
             flow_map, judge, size=protocol.pool_size, num_steps=steps, seed=seed + _POOL_SEED, progress=progress
         )
-    steered = comparison.guidances(protocol.num_draws, protocol.num_draws_gradient_free)
+    steered = _steered_methods(protocol)
     for name in protocol.rewards:
         problem = make_problem(name, material, rows, seed=seed + _TARGET_SEED)
         count = len(problem.targets)
@@ -175,12 +178,12 @@ def _studies(protocol: DigitsProtocol, material: Material, rows: Tensor, work: W
         with work.stage(name, f"steering by {name}"):
             scores = [comparison.score_unsteered(problem, pool, shown=SHOWN)]
             scores += [comparison.score_best_of(problem, pool, n, shown=SHOWN) for n in sorted(protocol.best_of)]
-            for method, guidance in steered.items():
+            for method, steering in steered.items():
                 scores.append(
-                    comparison.score_guidance(
+                    comparison.score_steered(
                         problem,
                         method,
-                        guidance,
+                        steering,
                         flow_map,
                         judge,
                         samples_per_target=per_target,
@@ -190,7 +193,7 @@ def _studies(protocol: DigitsProtocol, material: Material, rows: Tensor, work: W
                         shown=SHOWN,
                     )
                 )
-                work.advance(count * per_target * steps * _rows_a_step(method, protocol))
+                work.advance(count * per_target * _rows_a_sample(method, protocol))
         yield Study(problem, tuple(scores), comparison.tilted_law(problem, pool))
 
 
@@ -236,13 +239,12 @@ def _gaps(protocol: DigitsProtocol, material: Material, work: Work, seed: int) -
 
 def _planned(protocol: DigitsProtocol) -> dict[str, float]:
     """Network rows of each stage."""
-    methods = comparison.guidances(protocol.num_draws, protocol.num_draws_gradient_free)
-    a_step = sum(_rows_a_step(method, protocol) for method in methods)
+    a_sample = sum(_rows_a_sample(method, protocol) for method in _steered_methods(protocol))
     planned = {"gallery": 5.0 * _CONFIDENCE_SAMPLES, "pool": float(protocol.pool_size * protocol.num_steps)}
     for name in protocol.rewards:
         is_masked = name == MASKED
         samples = protocol.num_targets * protocol.samples_per_target if is_masked else protocol.samples_per_reward
-        planned[name] = samples * protocol.num_steps * a_step
+        planned[name] = float(samples * a_sample)
     each = posterior.num_calls(
         num_contexts=protocol.posterior_contexts,
         num_draws=protocol.posterior_draws,
@@ -251,12 +253,25 @@ def _planned(protocol: DigitsProtocol) -> dict[str, float]:
     return planned | {f"posterior {time:g}": each for time in protocol.posterior_times}
 
 
-def _rows_a_step(method: Method, protocol: DigitsProtocol) -> int:
-    """Network rows of one step of a steered sample; a backward pass costs two."""
-    if method.family == "mfm_gf":
-        return 1 + protocol.num_draws_gradient_free
+def _steered_methods(protocol: DigitsProtocol) -> dict[Method, Callable[[Reward], Steering]]:
+    return comparison.steered_methods(
+        protocol.num_draws,
+        protocol.num_draws_gradient_free,
+        num_draws_resampling=protocol.num_draws_resampling,
+        resampling_steps=protocol.resampling_steps,
+    )
+
+
+def _rows_a_sample(method: Method, protocol: DigitsProtocol) -> int:
+    """Network rows of one steered sample; a backward pass costs two."""
+    if method.key == comparison.RESAMPLING:
+        return protocol.resampling_steps * protocol.num_draws_resampling
+    if method.key == comparison.BASELINE:
+        return 3 * protocol.num_steps
+    if method.key == comparison.GRADIENT_FREE:
+        return protocol.num_steps * (1 + protocol.num_draws_gradient_free)
     draws = 1 if method.key == comparison.SINGLE_DRAW else int(method.key.rpartition("_")[2])
-    return 1 + 3 * draws
+    return protocol.num_steps * (1 + 3 * draws)
 
 
 def _study_metrics(study: Study, largest: int) -> dict[str, float]:

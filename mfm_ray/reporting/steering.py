@@ -19,8 +19,8 @@ def steering_section(evaluation: DigitsEvaluation) -> Iterator[str]:
     yield page.paragraph(
         "A reward r says how much an image is wanted. Steering aims at the images of the model reweighted by exp r: "
         "still digits, but wanted ones. The price is counted in calls of network and reward for one image, a backward "
-        f"pass counting as a call. Every method makes {protocol.num_steps} steps: the pool by the ODE, whose samples "
-        f"are the cleaner ones, the steered samples by the {protocol.dynamics.upper()}."
+        f"pass counting as a call. All but resampling make {protocol.num_steps} steps: the pool by the ODE, whose "
+        f"samples are the cleaner ones, the steered samples by the {protocol.dynamics.upper()}."
     )
     yield page.definitions(
         [
@@ -33,6 +33,12 @@ def steering_section(evaluation: DigitsEvaluation) -> Iterator[str]:
             ),
             ("mfm_g", "MFM-G", "follows the gradient of the reward through posterior draws, one or more at each step"),
             ("mfm_gf", "MFM-GF", "needs no gradient: weighs posterior draws by their rewards"),
+            (
+                "resampling",
+                "Resampling",
+                f"moves towards one of its posterior draws, picked by reward, in {protocol.resampling_steps} steps",
+            ),
+            ("muted", "DPS", "the baseline: the reward of the mean prediction, which is no sample"),
         ]
     )
     for study in evaluation.studies:
@@ -42,7 +48,8 @@ def steering_section(evaluation: DigitsEvaluation) -> Iterator[str]:
 def summary_section(evaluation: DigitsEvaluation) -> Iterator[str]:
     yield page.heading("All in one table")
     header = ["reward", "unsteered", *(f"best of {n:,}" for n in sorted(evaluation.protocol.best_of) if n > 1)]
-    steered = [score.method for score in evaluation.studies[0].scores if score.method.family.startswith("mfm")]
+    pooled = ("unsteered", "best_of_n")
+    steered = [score.method for score in evaluation.studies[0].scores if score.method.family not in pooled]
     header += [method.label for method in steered] + ["judge, MFM-G"]
     lines = []
     for study in evaluation.studies:

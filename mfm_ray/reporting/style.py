@@ -50,6 +50,7 @@ figcaption { color: var(--muted); font-size: .9rem; line-height: 1.5; max-width:
   background: var(--muted); }
 .dot.unsteered { background: var(--unsteered); } .dot.best_of_n { background: var(--best-of-n); }
 .dot.mfm_g { background: var(--mfm-g); } .dot.mfm_gf { background: var(--mfm-gf); }
+.dot.resampling { background: var(--resampling); } .dot.muted { background: var(--muted); }
 .scroll { overflow-x: auto; margin: 18px 0 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }

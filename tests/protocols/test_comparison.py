@@ -14,6 +14,9 @@ def flow_map():
     return GaussianMixtureFlowMap(isotropic_mixture(torch.tensor([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]]), variance=0.5))
 
 
+STEERED = comparison.steered_methods([1], 2, num_draws_resampling=8, resampling_steps=3)
+
+
 def judge(points):
     """Classes left and right of the middle."""
     return torch.stack([-points[:, 0], points[:, 0]], dim=1)
@@ -40,9 +43,9 @@ def test_rewards_side_by_side_reach_their_own_rows():
 
 
 def test_steering_moves_each_target_to_its_side_with_the_paper_s_call_count(flow_map):
-    method, guidance = next(iter(comparison.guidances([1], 4).items()))
-    score = comparison.score_guidance(
-        PROBLEM, method, guidance, flow_map, judge, samples_per_target=8, num_steps=10, dynamics="sde", seed=1, shown=3
+    method, steering = next(iter(STEERED.items()))
+    score = comparison.score_steered(
+        PROBLEM, method, steering, flow_map, judge, samples_per_target=8, num_steps=10, dynamics="sde", seed=1, shown=3
     )
     assert method.key == "mfm_g"
     assert score.nfe == 10 + 4 * 10  # K + 4 N K
@@ -71,10 +74,10 @@ def test_the_tilted_law_says_how_much_of_the_pool_counts(pool):
 
 def test_wins_count_targets(flow_map, pool):
     steered = [
-        comparison.score_guidance(
+        comparison.score_steered(
             PROBLEM,
             method,
-            guidance,
+            steering,
             flow_map,
             judge,
             samples_per_target=4,
@@ -83,10 +86,12 @@ def test_wins_count_targets(flow_map, pool):
             seed=1,
             shown=1,
         )
-        for method, guidance in comparison.guidances([1], 2).items()
+        for method, steering in STEERED.items()
     ]
     study = comparison.Study(
         PROBLEM, (comparison.score_best_of(PROBLEM, pool, 1, shown=1), *steered), comparison.tilted_law(PROBLEM, pool)
     )
     assert study.wins(over="best_of_1") == 2
     assert study["mfm_gf"].method.label == "MFM-GF, 2 draws"
+    assert study["resampling"].nfe == 2 * 8 * 3  # 2 N K, in steps of its own
+    assert study["dps"].nfe == 4 * 5  # 4 K
