@@ -38,8 +38,8 @@ test-fast: setup ## the tests without a cluster, under 2 minutes
 test-all: setup ## everything, the full matrices and drills, at most 75 minutes
 	@$(RUN) python -m pytest $(ARGS)
 
-bench: setup ## the benchmarks, each a side-by-side ratio, into benchmarks/results/
-	@set -e; for file in $$(grep -l '__main__' benchmarks/*.py); do \
+bench: setup ## the benchmarks, each a side-by-side ratio, into benchmarks/results/ (but those that judge a given model)
+	@set -e; for file in $$(grep -L 'required=True' $$(grep -l '__main__' benchmarks/*.py)); do \
 	  module=benchmarks.$$(basename "$$file" .py); echo "bench: $$module"; $(RUN) python -m "$$module" $(ARGS); done
 
 lint: setup ## ruff (format and lint) and the type check
