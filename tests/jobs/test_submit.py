@@ -72,8 +72,14 @@ def _wait_until_listening(port: int, head: subprocess.Popen[bytes], log: Path) -
 
 
 def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, again for as long as the young head's own agent is not up (on a busy machine, a minute)."""
     command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *TINY, *words]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        if "No available agent to submit job" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
 
 
 def test_a_submitted_training_leaves_its_model_in_the_storage_it_was_given(
