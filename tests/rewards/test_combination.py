@@ -195,7 +195,7 @@ def test_combinations_nest_and_move_as_modules():
 
 def test_steering_by_a_reward_above_its_threshold_is_no_steering():
     flow_map = GaussianMixtureFlowMap(isotropic_mixture(torch.tensor([[-1.0, 0.0], [1.0, 0.5]]), variance=0.3))
-    settings = {"num_samples": 8, "num_steps": 4, "dynamics": "sde", "seed": 3}
+    settings = {"num_samples": 8, "num_steps": 4, "dynamics": "ode", "seed": 3}
     unsteered = mfm.sample(flow_map, **settings).images
     for threshold, same in ((-1e5, True), (0.0, False)):
         reward = Thresholded(reward=linear(), threshold=threshold)
