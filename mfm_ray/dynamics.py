@@ -170,10 +170,8 @@ def extrapolate(mean: Tensor, previous: Tensor, t_previous: Tensor, t: Tensor, t
     The mean is taken as linear in l = log(t / (1 - t)), in which the step's exact solution weighs it at half the step:
     (l' - l) / (2 (l - l_prev)) (mean - previous). Zero for the last step, which is infinitely long in l.
     """
-    if bool((t_next >= 1).any()):
-        return torch.zeros_like(mean)
     before, now, then = (torch.logit(time.double()) for time in (t_previous, t, t_next))
-    share = ((then - now) / (2 * (now - before))).to(mean.dtype)
+    share = torch.where(t_next >= 1, 0.0, (then - now) / (2 * (now - before))).to(mean.dtype)
     return expand_time(share, mean) * (mean - previous)
 
 

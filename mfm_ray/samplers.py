@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mfm_ray.data_space import DataSpace
 from mfm_ray.dynamics import DYNAMICS, AdaptedGrid, Dynamics, Grid, Renoising, TimeGrid
 from mfm_ray.errors import require
 from mfm_ray.flow_map import FlowMap, require_at_least_one
@@ -137,13 +138,11 @@ class OuterSampler:
 
         noise (I, P), one key a particle; label (I,) or None. The drift is never evaluated at t = 1.
         """
-        rows = noise.flatten()
-        x = rows.fold_in(Stream.START).normal(*self.flow_map.event_shape).unflatten(0, noise.keys.shape)
-        particles = Particles(x, torch.zeros(noise.keys.shape, dtype=torch.float64, device=x.device))
+        rows, particles = noise.flatten(), starting_particles(noise, self.flow_map.event_shape)
         labels = None if label is None else label.repeat_interleave(noise.keys.shape[1])
         trace: dict[str, list[Tensor]] = {}
         for step, (now, then) in enumerate(zip(self.times[:-1], self.times[1:], strict=True)):
-            t, t_next = (torch.full(rows.keys.shape, time, device=x.device) for time in (now, then))
+            t, t_next = (torch.full(rows.keys.shape, time, device=rows.keys.device) for time in (now, then))
             context = SteeringContext(
                 self.flow_map, rows.fold_in(step), calls, labels, self.cfg_scale, self.dynamics, self.second_order
             )
@@ -153,6 +152,12 @@ class OuterSampler:
             for name, values in advanced.diagnostics.items():
                 trace.setdefault(name, []).append(values)
         return particles, {name: torch.stack(values) for name, values in trace.items()}
+
+
+def starting_particles(noise: KeyedNoise, event_shape: tuple[int, ...]) -> Particles:
+    """x_{t_0} ~ N(0, Id) for keys (I, P), all of equal weight."""
+    x = noise.flatten().fold_in(Stream.START).normal(*event_shape).unflatten(0, noise.keys.shape)
+    return Particles(x, torch.zeros(noise.keys.shape, dtype=torch.float64, device=x.device))
 
 
 def _sample_images(
@@ -165,7 +170,18 @@ def _sample_images(
 ) -> Samples:
     """A chunk of images, noise (images,); counts are left to `calls`."""
     particles, trace = _run_particles(outer, method, noise.spread(method.num_particles), labels, calls, batch_size)
-    space = outer.flow_map.space
+    return finished_samples(method, particles, trace, outer.flow_map.space, noise, calls)
+
+
+def finished_samples(
+    method: Steering,
+    particles: Particles,
+    trace: dict[str, Tensor],
+    space: DataSpace,
+    noise: KeyedNoise,
+    calls: CallCounter,
+) -> Samples:
+    """Images of particles at t = 1, scored, one chosen for each key (images,); counts are left to `calls`."""
     images = space.clamp(space.to_data_units(particles.x))
     if method.scored_by is None:
         return Samples(images=images[:, 0], rewards=None, nfe=0, calls={}, trace=trace, particles=images)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mfm_ray.errors import InputError
 from mfm_ray.rewards.reward import RewardError, check_rewards
 from mfm_ray.steering import Reward
+from mfm_ray.steering.reward_gradient import evaluate
 
 
 class Combination(nn.Module, ABC):
@@ -26,6 +27,7 @@ class Combination(nn.Module, ABC):
     """
 
     positive_weights: ClassVar[bool]
+    composes_gradients: ClassVar[bool] = True
 
     def __init__(self, *, rewards: Sequence[Reward], weights: Sequence[float] | None = None, name: str) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Combination(nn.Module, ABC):
     def breakdown(self, samples: Tensor) -> dict[str, Tensor]:
         """Each reward's own value, (N,) float32 by name, before its weight. RewardError naming one that misbehaves."""
         values = {
-            name: check_rewards(reward(samples), name, num_samples=len(samples))
+            name: check_rewards(evaluate(reward, samples), name, num_samples=len(samples))
             for name, reward in self.rewards.items()
         }
         if samples.requires_grad and torch.is_grad_enabled() and any(part.requires_grad for part in values.values()):
@@ -122,6 +124,8 @@ class Thresholded(nn.Module):
     left out. RewardError for a reward that returns anything but one finite number for each sample.
     """
 
+    composes_gradients: ClassVar[bool] = True
+
     def __init__(self, *, reward: Reward, threshold: float, name: str | None = None) -> None:
         super().__init__()
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
@@ -130,7 +134,8 @@ class Thresholded(nn.Module):
         self.reward, self.threshold = reward, float(threshold)
 
     def forward(self, samples: Tensor) -> Tensor:
-        return check_rewards(self.reward(samples), self.name, num_samples=len(samples)).clamp_max(self.threshold)
+        values = check_rewards(evaluate(self.reward, samples), self.name, num_samples=len(samples))
+        return values.clamp_max(self.threshold)
 
 
 def reward_name(reward: Reward) -> str:

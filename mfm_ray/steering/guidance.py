@@ -149,7 +149,7 @@ class GradientGuidance(Guidance):
         """Gradient of logsumexp over draws first .. first + count - 1."""
         x = x_t.detach().requires_grad_()
         draws, rewards = draw_and_score(self.reward, x, t, count, context, first_draw=first)
-        gradient = reward_gradient(self.reward, rewards.logsumexp(1), rewards, x)
+        gradient = reward_gradient(self.reward, rewards.logsumexp(1), rewards, x, context)
         context.calls.draw_backward += rewards.numel()
         context.calls.reward_backward += rewards.numel()
         return DrawTotals.of(draws, rewards, context.noise, first_draw=first, gradient=gradient)
@@ -257,18 +257,18 @@ def mean_reward_gradient(
     x = x_t.detach().requires_grad_()
     velocity = context.flow_map.drift(x, t, label=context.label, cfg_scale=context.cfg_scale)
     rewards = score_states(reward, LinearInterpolant().posterior_mean(x, velocity, t), context)
-    gradient = reward_gradient(reward, rewards, rewards, x)
+    gradient = reward_gradient(reward, rewards, rewards, x, context)
     context.calls.drift += x.shape[0]
     context.calls.drift_backward += x.shape[0]
     context.calls.reward_backward += x.shape[0]
     return velocity.detach(), rewards.detach(), gradient
 
 
-def reward_gradient(reward: Reward, value: Tensor, rewards: Tensor, x: Tensor) -> Tensor:
+def reward_gradient(reward: Reward, value: Tensor, rewards: Tensor, x: Tensor, context: SteeringContext) -> Tensor:
     """grad_x of the summed values, (B, *event). ValueError naming the reward when it has none, or one that is NaN."""
     if not rewards.requires_grad:
         raise ValueError(f"reward {name_of(reward)}: has no gradient; use one that has, or GradientFreeGuidance")
-    (gradient,) = torch.autograd.grad(value.sum(), x)
+    gradient = context.differentiate(value.sum(), x)
     if not bool(torch.isfinite(gradient).all()):
         raise ValueError(f"reward {name_of(reward)}: its gradient is NaN or infinity")
     return gradient

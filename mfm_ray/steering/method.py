@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,13 +15,23 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.noise import Noise
 from mfm_ray.steering.calls import CallCounter, Cost
 
+Differentiate = Callable[[Tensor, Tensor], Tensor]
+"""(sum of values, x) to its gradient in x."""
+
+
+def gradient_of(total: Tensor, x: Tensor) -> Tensor:
+    """grad_x of a scalar, of x's shape."""
+    (gradient,) = torch.autograd.grad(total, x)
+    return gradient
+
 
 @dataclass(frozen=True)
 class SteeringContext:
     """What a method sees of the sampler at one step; rows are (images x particles), image by image.
 
     noise: of this step, one key a row. dynamics: how a state moves once its clean sample is chosen. second_order: take
-    the drift's own change since the last step into account (`dynamics.extrapolate`).
+    the drift's own change since the last step into account (`dynamics.extrapolate`). differentiate: how gradients are
+    taken; an engine that runs many methods at once takes them all in one backward pass.
     """
 
     flow_map: FlowMap
@@ -30,13 +41,12 @@ class SteeringContext:
     cfg_scale: float | None = None
     dynamics: Dynamics = field(default_factory=ProbabilityFlow)
     second_order: bool = False
+    differentiate: Differentiate = gradient_of
 
     def rows(self, index: Tensor) -> SteeringContext:
         """The same step for some of its rows."""
         label = None if self.label is None else self.label[index]
-        return SteeringContext(
-            self.flow_map, self.noise[index], self.calls, label, self.cfg_scale, self.dynamics, self.second_order
-        )
+        return replace(self, noise=self.noise[index], label=label)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mfm_ray.padding import padded_call
 from mfm_ray.steering.method import SteeringContext
+from mfm_ray.steering.reward_gradient import evaluate
 
 
 class Reward(Protocol):
@@ -65,7 +66,7 @@ def score(reward: Reward, samples: Tensor) -> Tensor:
     name = name_of(reward)
 
     def checked(padded: Tensor) -> Tensor:
-        rewards = reward(padded)
+        rewards = evaluate(reward, padded)
         if rewards.shape != padded.shape[:1]:
             raise ValueError(f"reward {name}: returned shape {tuple(rewards.shape)} for {padded.shape[0]} samples")
         return rewards.float()

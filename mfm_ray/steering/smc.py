@@ -178,12 +178,13 @@ def _move(x: Tensor, proposal: Proposal, t: Tensor, t_next: Tensor, context: Ste
     mean, deviation = dynamics.transition(x, clean, t, t_next)
     noise = diffusion_noise(context.noise, x)
     spread = expand_time(deviation, x)
-    if proposal.correction is None or bool((t_next >= 1).any()):
+    if proposal.correction is None:
         return mean + spread * noise, torch.zeros_like(deviation, dtype=torch.float64)
     guided = LinearInterpolant().posterior_mean(x, proposal.velocity + proposal.correction, t)
-    steered, _ = dynamics.transition(x, guided, t, t_next)
+    last = expand_time(t_next >= 1, x)
+    steered = torch.where(last, mean, dynamics.transition(x, guided, t, t_next)[0])
     # x' = steered + spread z, so that log p - log q = -|z + d|^2 / 2 + |z|^2 / 2 with d = (steered - mean) / spread
-    shift = ((steered - mean) / spread).double().flatten(1)
+    shift = ((steered - mean) / torch.where(last, 1.0, spread)).double().flatten(1)
     log_ratio = -(noise.double().flatten(1) * shift).sum(1) - shift.square().sum(1) / 2
     return steered + spread * noise, log_ratio
 
