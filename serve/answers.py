@@ -1,0 +1,109 @@
+"""Answers in the shapes that OpenAI's Images API has, with our own fields beside them."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from .errors import ApiError
+from .generation import Finished, Generation, Preview
+from .pictures import encode_png
+
+OUTPUT_FORMAT, BACKGROUND = "png", "opaque"
+
+
+def generation_answer(generation: Generation, done: Finished) -> dict[str, Any]:
+    """The answer of a request that does not stream."""
+    return {
+        "created": int(time.time()),
+        "background": BACKGROUND,
+        "output_format": OUTPUT_FORMAT,
+        "quality": generation.quality,
+        "size": generation.size,
+        "model": generation.model,
+        "data": [_image(generation, done, index) for index in range(len(done.images))],
+        "usage": usage(done, len(done.images)),
+        "steering": steering_as_done(generation, done),
+    }
+
+
+def preview_events(generation: Generation, preview: Preview) -> list[dict[str, Any]]:
+    """One `image_generation.partial_image` for each image of the request."""
+    return [
+        {
+            "type": "image_generation.partial_image",
+            "b64_json": encode_png(torch.from_numpy(image)),
+            "partial_image_index": preview.number,
+            "image_index": index,
+            **_of_every_event(generation),
+        }
+        for index, image in enumerate(preview.images)
+    ]
+
+
+def completed_events(generation: Generation, done: Finished) -> list[dict[str, Any]]:
+    """One `image_generation.completed` for each image of the request."""
+    return [
+        {
+            "type": "image_generation.completed",
+            **_image(generation, done, index),
+            **_of_every_event(generation),
+            "usage": usage(done, 1),
+            "steering": steering_as_done(generation, done),
+        }
+        for index in range(len(done.images))
+    ]
+
+
+def server_sent(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+
+
+def error_event(error: ApiError) -> str:
+    """An error after the answer has begun; OpenAI's clients raise it."""
+    return f"event: error\ndata: {json.dumps({'type': 'error', **error.body()})}\n\n"
+
+
+def usage(done: Finished, num_images: int) -> dict[str, Any]:
+    """nfe: network and reward calls of all images; there are no tokens."""
+    nothing = {"image_tokens": 0, "text_tokens": 0}
+    return {
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "total_tokens": 0,
+        "input_tokens_details": nothing,
+        "nfe": done.nfe * num_images,
+    }
+
+
+def steering_as_done(generation: Generation, done: Finished) -> dict[str, Any]:
+    """As resolved, without the rewards that were dropped on the way; those are named."""
+    actual = generation
+    for title in done.dropped:
+        actual = actual.without(title)
+    return {**actual.steering(), **({"dropped": list(done.dropped)} if done.dropped else {})}
+
+
+def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]:
+    return {
+        "b64_json": encode_png(torch.from_numpy(done.images[index])),
+        "seed": generation.seed,
+        "index": index,
+        "reward": None if done.reward is None else float(done.reward[index]),
+        "rewards": {title: float(values[index]) for title, values in done.rewards.items()},
+        "nfe": done.nfe,
+    }
+
+
+def _of_every_event(generation: Generation) -> dict[str, Any]:
+    return {
+        "created_at": int(time.time()),
+        "background": BACKGROUND,
+        "output_format": OUTPUT_FORMAT,
+        "quality": generation.quality,
+        "size": generation.size,
+        "model": generation.model,
+    }

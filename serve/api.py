@@ -1,0 +1,246 @@
+"""Routes: what clients call. They judge, ask the backend, and answer; every refusal has OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from mfm_ray.settings import nearest
+
+from .answers import completed_events, error_event, generation_answer, preview_events, server_sent
+from .backend import Backend
+from .catalogue import describe
+from .errors import ApiError, deadline_passed, internal, too_busy, wrong_value
+from .gate import BodyTooLargeError, Gate, log, too_large
+from .generation import Event, Finished, Generation, Preview
+from .idempotency import HEADER, MAX_LENGTH, Idempotency, seed_of
+from .keys import Keys
+from .metrics import requests_total
+from .pictures import decode_png
+from .resolve import Resolver, at_most
+from .schema import GenerationRequest, RewardRequest, ScoreRequest, SteeringRequest
+
+_FIELDS = {
+    "": GenerationRequest.model_fields,
+    "steering": SteeringRequest.model_fields,
+    "steering.rewards": RewardRequest.model_fields,
+}
+
+
+def build_api(backend: Backend, resolver: Resolver, keys: Keys) -> FastAPI:
+    """The ASGI application over a backend."""
+    app = FastAPI(title="mfm-ray", description="Reward-steered generation with Meta Flow Maps: OpenAI's Images API.")
+    routes = Routes(backend, resolver)
+    app.post("/v1/images/generations")(routes.generate)
+    app.post("/v1/rewards/{name}/score")(routes.score)
+    app.get("/v1/models")(routes.models)
+    app.get("/v1/models/{name}")(routes.model)
+    app.get("/v1/rewards")(routes.rewards)
+    app.get("/healthz")(routes.healthz)
+    app.get("/readyz")(routes.readyz)
+    app.get("/", include_in_schema=False)(routes.index)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_middleware(Gate, keys=keys, body_bytes=resolver.limits.body_bytes)
+    return app
+
+
+class Routes:
+    """One method a route."""
+
+    def __init__(self, backend: Backend, resolver: Resolver) -> None:
+        self._backend, self._resolver = backend, resolver
+        self._idempotency = Idempotency()
+        self._in_flight = 0
+
+    async def generate(self, body: GenerationRequest, request: Request) -> Response:
+        """Images, steered by rewards or not; with `stream`, server-sent events with posterior draws on the way."""
+        caller, repeat = request.state.key, _idempotency_key(request)
+        seed = None if repeat is None else seed_of(caller, repeat)
+        generation = self._resolver.generation(body, key=caller, seed=seed)
+        if body.stream:
+            events = self._events(generation)
+            first = await anext(events)  # what is refused before it began gets a status of its own
+            return StreamingResponse(_server_sent(generation, first, events), media_type="text/event-stream")
+        if repeat is None:
+            return JSONResponse(await self._images(generation))
+        text = body.model_dump_json(exclude_unset=True)
+        return JSONResponse(await self._idempotency.answer(caller, repeat, text, lambda: self._images(generation)))
+
+    async def score(self, name: str, body: ScoreRequest, request: Request) -> dict[str, Any]:
+        """Scores of images by one reward, in the order of the images."""
+        limits, card = self._resolver.limits, self._resolver.model(body.model)
+        params = self._resolver.reward_params(name, card, body.params, place="params", of="name")
+        if body.prompt:
+            raise wrong_value("prompt", f"prompt={body.prompt[:40]}: reward {name} takes none")
+        at_most("images", len(body.images), limits.scored_images, "images")
+        images = torch.stack([_decoded(text, i, card, limits.image_pixels) for i, text in enumerate(body.images)])
+        scores = await self._backend.score(name, card.id, params, images.numpy())
+        return {"object": "list", "model": card.id, "scores": [float(score) for score in scores], "params": params}
+
+    async def models(self) -> dict[str, Any]:
+        """What is served."""
+        return {"object": "list", "data": [card.description() for card in self._resolver.models.values()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """One served model."""
+        return self._resolver.model(name).description()
+
+    async def rewards(self) -> dict[str, Any]:
+        """Rewards that steer and score here, with their parameters, ranges and defaults."""
+        cards = list(self._resolver.models.values())
+        return {"object": "list", "data": [describe(name, cards) for name in self._resolver.rewards]}
+
+    async def healthz(self) -> dict[str, str]:
+        """Alive."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> dict[str, str]:
+        """Able to serve; 503 until a sampler is."""
+        if not await self._backend.ready():
+            raise ApiError(503, "no sampler is ready", code="not_ready", retry=True, retry_after_s=2)
+        return {"status": "ready"}
+
+    async def index(self) -> Response:
+        return Response("mfm-ray serves here; its routes and their fields are at /docs\n", media_type="text/plain")
+
+    async def _images(self, generation: Generation) -> dict[str, Any]:
+        async for event in self._events(generation):
+            if isinstance(event, Finished):
+                return await asyncio.to_thread(generation_answer, generation, event)
+        raise internal()
+
+    async def _events(self, generation: Generation) -> AsyncIterator[Event]:
+        """The backend's events within the deadline and the number of requests that are held, counted by outcome."""
+        if self._in_flight >= self._resolver.limits.requests:
+            requests_total().inc(tags={"outcome": "queue_full"})
+            raise too_busy(f"{self._in_flight} requests are being answered already")
+        self._in_flight += 1
+        outcome = "cancelled"
+        try:
+            async for event in _within_deadline(self._backend.generate(generation), generation.deadline_s):
+                if isinstance(event, Finished):
+                    outcome = "ok"
+                yield event
+        except ApiError as error:
+            outcome = error.code or "error"
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self._in_flight -= 1
+            requests_total().inc(tags={"outcome": outcome})
+
+
+async def _within_deadline(events: AsyncIterator[Event], deadline_s: float | None) -> AsyncIterator[Event]:
+    """The events until the deadline; then ApiError 504, and whatever made them is told to stop."""
+    assert deadline_s is not None
+    clock = asyncio.get_running_loop().time
+    end = clock() + deadline_s
+    while True:
+        try:
+            yield await asyncio.wait_for(anext(events), max(end - clock(), 0.0))
+        except StopAsyncIteration:
+            return
+        except asyncio.TimeoutError as error:
+            raise deadline_passed(deadline_s) from error
+
+
+async def _server_sent(generation: Generation, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    try:
+        for line in _lines(generation, first):
+            yield line
+        async for event in events:
+            for line in await asyncio.to_thread(_lines, generation, event):
+                yield line
+    except ApiError as error:
+        yield error_event(error)
+    except Exception:
+        log.exception("a stream failed")
+        yield error_event(internal())
+
+
+def _lines(generation: Generation, event: Event) -> list[str]:
+    """An event as a client sees it; some are for nobody."""
+    if isinstance(event, Preview):
+        return [server_sent(shown) for shown in preview_events(generation, event)]
+    if isinstance(event, Finished):
+        return [server_sent(shown) for shown in completed_events(generation, event)]
+    return []
+
+
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get(HEADER)
+    if key is not None and not 0 < len(key) <= MAX_LENGTH:
+        raise wrong_value(HEADER, f"{HEADER}: {len(key)} characters; expected 1 to {MAX_LENGTH}")
+    return key
+
+
+def _decoded(text: str, index: int, card: Any, max_pixels: int) -> torch.Tensor:
+    try:
+        return decode_png(text, event_shape=card.event_shape, max_pixels=max_pixels)
+    except ValueError as error:
+        raise wrong_value(f"images[{index}]", f"images[{index}]: {error}") from error
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    """What the framework would call 422, as 400 that names the first wrong field."""
+    assert isinstance(error, RequestValidationError)
+    return await _answer_error(request, _from_validation(error.errors()[0]))
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework itself refuses: no such route, no such method, a body that grew too large."""
+    assert isinstance(error, HTTPException)
+    if isinstance(error, BodyTooLargeError):
+        return await _answer_error(request, too_large(error.limit))
+    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return await _answer_error(request, ApiError(error.status_code, message, code=code, retry=False))
+
+
+def _from_validation(first: Mapping[str, Any]) -> ApiError:
+    """One line from the first thing that the schema found wrong."""
+    place = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return wrong_value("body", f"body: no JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
+    param = _dotted(place) or "body"
+    if first["type"] == "extra_forbidden":
+        return wrong_value(param, f"{param}: unknown field{_hint(place)}")
+    if first["type"] == "missing":
+        return wrong_value(param, f"{param}: missing")
+    shown = repr(first.get("input"))
+    message = str(first["msg"]).replace("Input should be", "expected")
+    return wrong_value(param, f"{param}={shown[:60]}: {message[:1].lower()}{message[1:]}")
+
+
+def _dotted(place: list[Any]) -> str:
+    """`steering.rewards[0].name`; names of alternatives that the schema tried are no fields."""
+    text = ""
+    for part in place:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() and part not in ("int", "float", "str", "bool"):
+            text += f".{part}" if text else part
+    return text
+
+
+def _hint(place: list[Any]) -> str:
+    parent = ".".join(part for part in place[:-1] if isinstance(part, str))
+    known = list(_FIELDS.get(parent, {}))
+    close = nearest(str(place[-1]), known)
+    return f"; did you mean {close}?" if close else f"; expected {', '.join(known)}" if known else ""

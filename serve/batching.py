@@ -1,0 +1,101 @@
+"""Dynamic batching: what several callers ask at the same time of the same reward is one evaluation."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Evaluate = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
+"""Arrays (N, ...) of N rows under a key; rows must not depend on each other."""
+
+
+@dataclass(eq=False)
+class _Item:
+    """Compared by identity: `key` and `rows` of two callers may be equal."""
+
+    key: Hashable
+    rows: np.ndarray
+    future: Future[tuple[np.ndarray, ...]] = field(default_factory=Future)
+
+
+class Batcher:
+    """One thread that evaluates what has piled up since the last time, all rows of equal keys together.
+
+    Nothing waits for a batch to fill: while one is computed, the next one gathers.
+
+    max_rows: of one evaluation; a single item with more goes alone.
+    """
+
+    def __init__(self, evaluate: Evaluate, *, max_rows: int, name: str) -> None:
+        self._evaluate, self._max_rows = evaluate, max_rows
+        self._items: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def waiting_rows(self) -> int:
+        with self._changed:
+            return sum(len(item.rows) for item in self._items)
+
+    def submit(self, key: Hashable, rows: np.ndarray) -> Future[tuple[np.ndarray, ...]]:
+        """The future of evaluate(key, rows), or of the error that these rows cause."""
+        item = _Item(key, rows)
+        with self._changed:
+            self._items.append(item)
+            self._changed.notify()
+        return item.future
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while batch := self._take():
+            alive = [item for item in batch if item.future.set_running_or_notify_cancel()]
+            if alive:
+                self._answer(alive)
+
+    def _take(self) -> list[_Item]:
+        """The oldest item and all that can go with it; nothing once closed."""
+        with self._changed:
+            while not self._items and not self._closed:
+                self._changed.wait()
+            if not self._items:
+                return []
+            batch = [self._items.popleft()]
+            rows = len(batch[0].rows)
+            for item in [other for other in self._items if other.key == batch[0].key]:
+                if rows + len(item.rows) > self._max_rows:
+                    break
+                self._items.remove(item)
+                batch.append(item)
+                rows += len(item.rows)
+            return batch
+
+    def _answer(self, batch: Sequence[_Item]) -> None:
+        try:
+            results = self._evaluate(batch[0].key, np.concatenate([item.rows for item in batch]))
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            for item in batch:  # one caller's samples are not another's error
+                self._answer([item])
+            return
+        edges = np.cumsum([len(item.rows) for item in batch])[:-1]
+        parts = [np.split(result, edges) for result in results]
+        for index, item in enumerate(batch):
+            item.future.set_result(tuple(part[index] for part in parts))

@@ -1,0 +1,110 @@
+"""What every request passes before a route sees it: its id, the caller's key, the size of its body."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+
+from .errors import ApiError, internal
+from .keys import Keys
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS = ("/healthz", "/readyz")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+
+
+class Gate:
+    """ASGI middleware. Answers 401 and 413 by itself, and 500 without a trace for whatever a route lets through."""
+
+    def __init__(self, app: Any, *, keys: Keys, body_bytes: int) -> None:
+        self.app, self.keys, self.body_bytes = app, keys, body_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        answer = _Answer(send, given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        state = scope.setdefault("state", {})
+        state["request_id"] = answer.request_id
+        try:
+            self._admit(scope, headers, state)
+            await self.app(scope, _limited(receive, self.body_bytes), answer)
+        except ApiError as error:
+            await answer.refuse(error)
+        except Exception:
+            log.exception("request %s failed", answer.request_id)
+            await answer.refuse(internal())
+
+    def _admit(self, scope: Any, headers: Headers, state: dict[str, Any]) -> None:
+        if scope["path"] in _OPEN_PATHS:
+            return
+        client = (scope.get("client") or (None,))[0]
+        state["key"] = self.keys.admit(headers.get("authorization"), client)
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.body_bytes:
+            raise too_large(self.body_bytes)
+        if (
+            scope["method"] == "POST"
+            and headers.get("content-type", "").partition(";")[0].strip() != "application/json"
+        ):
+            # also what keeps other pages in a browser from asking in its user's name
+            message = "content-type: expected application/json"
+            raise ApiError(400, message, param="content-type", code="invalid_content_type", retry=False)
+
+
+class _Answer:
+    """`send` with the request's id in the headers, and whether an answer has begun."""
+
+    def __init__(self, send: Any, request_id: str) -> None:
+        self.send, self.request_id, self.begun = send, request_id, False
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+        await self.send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        """The error as the answer; once one has begun it cannot be changed, and the connection just ends."""
+        if self.begun:
+            return
+        content = json.dumps(error.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(content)), **error.headers()}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self({"type": "http.response.start", "status": error.status, "headers": raw})
+        await self({"type": "http.response.body", "body": content})
+
+
+class BodyTooLargeError(HTTPException):
+    """Raised while a body is being read; FastAPI lets HTTP exceptions pass."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413)
+        self.limit = limit
+
+
+def _limited(receive: Any, limit: int) -> Any:
+    read = 0
+
+    async def limited() -> Any:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > limit:
+            raise BodyTooLargeError(limit)
+        return message
+
+    return limited
+
+
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, f"body: more than {limit} bytes", param="body", code="bodytoo_large", retry=False)

@@ -1,0 +1,115 @@
+"""A reward as a deployment of its own: value, value with gradient, scores; batched over callers and prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from mfm_ray.padding import padded_index
+from mfm_ray.steering import Reward, score
+from mfm_ray.steering.reward_gradient import evaluate, value_and_gradient
+
+from .batching import Batcher
+from .catalogue import RewardSource
+from .metrics import reward_seconds
+from .models import ModelCard
+from .settings import RewardSettings
+
+VALUE, GRADIENT, SCORE = "value", "gradient", "score"
+
+
+def canonical(params: Mapping[str, Any]) -> str:
+    """Equal parameters as equal texts."""
+    return json.dumps(params, sort_keys=True)
+
+
+class BuiltRewards:
+    """Rewards by model, name and parameters, the least recently used one leaving first."""
+
+    def __init__(self, cards: Sequence[ModelCard], *, capacity: int) -> None:
+        self._sources = {card.id: RewardSource(card) for card in cards}
+        self._capacity = capacity
+        self._built: OrderedDict[tuple[str, str, str], Reward] = OrderedDict()
+
+    def get(self, model: str, name: str, params: str) -> Reward:
+        """The one object of these parameters (canonical). InputError for parameters that do not fit together."""
+        key = (model, name, params)
+        if key not in self._built:
+            self._built[key] = self._sources[model].build(name, json.loads(params))
+            while len(self._built) > self._capacity:
+                self._built.popitem(last=False)
+        self._built.move_to_end(key)
+        return self._built[key]
+
+
+class RewardServer:
+    """One reward of all served models. Samples (N, C, H, W) in data units, float32, in and out as numpy arrays."""
+
+    def __init__(self, cards: Sequence[ModelCard], settings: RewardSettings) -> None:
+        self.name = settings.name
+        self._rewards = BuiltRewards(cards, capacity=settings.rewards_in_memory)
+        self._batcher = Batcher(self._evaluate, max_rows=settings.max_batch_rows, name=self.name)
+        self._seconds = reward_seconds()
+
+    async def value(self, model: str, params: str, samples: np.ndarray) -> np.ndarray:
+        """(N,) float32."""
+        (values,) = await self._answer((VALUE, model, params), samples)
+        return values
+
+    async def value_and_gradient(self, model: str, params: str, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(N,) and the gradient of each value in its own sample, (N, C, H, W); values alone where there is none."""
+        return await self._answer((GRADIENT, model, params), samples)
+
+    async def score(self, model: str, params: str, images: np.ndarray) -> np.ndarray:
+        """(N,) of images as a client has them; ValueError naming the reward for NaN or infinity."""
+        (values,) = await self._answer((SCORE, model, params), images)
+        return values
+
+    def check_health(self) -> None:
+        if not self._batcher.healthy:
+            raise RuntimeError(f"reward {self.name}: its thread is dead")
+
+    async def _answer(self, key: tuple[str, str, str], samples: np.ndarray) -> tuple[np.ndarray, ...]:
+        return await asyncio.wrap_future(self._batcher.submit(key, samples))
+
+    def _evaluate(self, key: tuple[str, str, str], rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        kind, model, params = key
+        began = time.perf_counter()
+        results = _KINDS[kind](self._rewards.get(model, self.name, params), torch.tensor(rows))
+        self._seconds.observe(time.perf_counter() - began, tags={"reward": self.name, "pass": kind})
+        return tuple(result.numpy() for result in results)
+
+
+@torch.no_grad()
+def _value(reward: Reward, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    padded = samples[padded_index(len(samples), samples.device)]
+    return (reward(padded)[: len(samples)].float(),)
+
+
+def _gradient(reward: Reward, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    padded = samples[padded_index(len(samples), samples.device)]
+    values, gradients = value_and_gradient(lambda inner: evaluate(reward, inner), padded)
+    kept = values.detach()[: len(samples)].float()
+    return (kept,) if gradients is None else (kept, gradients[: len(samples)])
+
+
+@torch.no_grad()
+def _score(reward: Reward, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (score(reward, samples.clamp(0, 1)),)
+
+
+_KINDS = {VALUE: _value, GRADIENT: _gradient, SCORE: _score}
+
+
+def reward_deployment(cards: Sequence[ModelCard], settings: RewardSettings) -> serve.Application:
+    """The deployment `reward_<name>`, each with its own resources and scaling."""
+    options = {"name": f"reward_{settings.name}", "max_ongoing_requests": 64, **settings.options()}
+    return serve.deployment(**options)(RewardServer).bind(list(cards), settings)

@@ -1,0 +1,339 @@
+"""The sampler: an engine behind a deployment. Requests come in, events go out; all stepping is the library's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from mfm_ray.building import build_steering
+from mfm_ray.engine import Engine, EngineClosedError, Job, Pass, Snapshot, Ticket
+from mfm_ray.engine import Finished as Samples
+from mfm_ray.flow_map import FlowMap
+from mfm_ray.pretrained import load_flow_map
+from mfm_ray.rewards import RewardError, WeightedSum
+from mfm_ray.steering import Reward, Steering, Unguided, score
+
+from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
+from .metrics import SamplerMetrics
+from .models import ModelCard
+from .remote_reward import Line, RemoteReward, RewardDownError
+from .resolve import rows_of
+from .reward import BuiltRewards, canonical
+from .settings import RewardSettings, SamplerSettings
+
+log = logging.getLogger(__name__)
+
+
+class RequestRewards:
+    """The rewards of requests, in deployments or in this process; one object for equal wishes, so that the engine sees
+    that they are equal."""
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        rewards: Sequence[RewardSettings],
+        handles: Mapping[str, Any],
+        *,
+        capacity: int = 256,
+    ) -> None:
+        self._settings = {reward.name: reward for reward in rewards}
+        self._lines = {
+            name: Line(
+                handle, name=name, timeout_s=self._settings[name].timeout_s, attempts=self._settings[name].attempts
+            )
+            for name, handle in handles.items()
+        }
+        self._built = BuiltRewards(cards, capacity=capacity)
+        self._parts: OrderedDict[Any, Reward] = OrderedDict()
+        self._capacity, self._lock = capacity, threading.RLock()
+
+    def of(self, generation: Generation) -> dict[str, Reward]:
+        """The request's rewards by title. InputError for parameters that do not fit together."""
+        return {choice.title: self.part(generation.model, choice) for choice in generation.rewards}
+
+    def part(self, model: str, choice: RewardChoice) -> Reward:
+        params = canonical(choice.params)
+        key = (model, choice.name, choice.title, params)
+        return self._kept(key, lambda: self._part(model, choice, params))
+
+    def colocated(self, model: str, name: str, params: str) -> Reward:
+        with self._lock:
+            return self._built.get(model, name, params)
+
+    def total(self, generation: Generation) -> Reward:
+        """The weighted sum, or the only reward when its weight is 1."""
+        parts = self.of(generation)
+        weights = [choice.weight for choice in generation.rewards]
+        if len(parts) == 1 and weights == [1.0]:
+            return next(iter(parts.values()))
+        key = (tuple(id(part) for part in parts.values()), tuple(weights))
+        return self._kept(key, lambda: WeightedSum(rewards=list(parts.values()), weights=weights))
+
+    def _part(self, model: str, choice: RewardChoice, params: str) -> Reward:
+        if choice.name in self._lines:
+            return RemoteReward(self._lines[choice.name], name=choice.title, model=model, params=params)
+        return _Titled(self._built.get(model, choice.name, params), choice.title)
+
+    def _kept(self, key: Any, make: Any) -> Reward:
+        with self._lock:  # a reward is loaded once, however many requests begin with it
+            if key not in self._parts:
+                self._parts[key] = make()
+                while len(self._parts) > self._capacity:
+                    self._parts.popitem(last=False)
+            self._parts.move_to_end(key)
+            return self._parts[key]
+
+
+class _Titled:
+    """A reward under the name that it has in its request."""
+
+    def __init__(self, reward: Reward, name: str) -> None:
+        self.reward, self.name = reward, name
+        self.composes_gradients = getattr(reward, "composes_gradients", False)
+
+    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
+        return self.reward(samples)
+
+
+class LoadedModel:
+    """A checkpoint in memory and its engine, which ends when nobody holds this any more."""
+
+    def __init__(self, card: ModelCard, settings: SamplerSettings, metrics: SamplerMetrics) -> None:
+        flow_map: FlowMap = load_flow_map(card.source).to(_device(settings))
+        watch = functools.partial(_record, metrics, card.id)
+        self.card = card
+        self.engine = Engine(flow_map, max_rows=settings.max_rows, waves=settings.waves, watch=watch).start()
+        self._end = weakref.finalize(self, _close_elsewhere, self.engine)
+
+
+def _close_elsewhere(engine: Engine) -> None:
+    """Ends an engine without waiting for its threads: this may run in any thread, also in one of them."""
+    threading.Thread(target=engine.close, name="close-engine", daemon=True).start()
+
+
+def _record(metrics: SamplerMetrics, model: str, done: Pass) -> None:
+    tags = {"model": model}
+    metrics.step_rows.observe(done.rows, tags=tags)
+    metrics.step_seconds.observe(done.seconds, tags=tags)
+    for kind, count in vars(done.calls).items():
+        if count:
+            metrics.nfe.inc(count, tags={"model": model, "kind": kind})
+    if done.calls.draw:
+        metrics.posterior_draws.inc(done.calls.draw, tags=tags)
+    if done.effective_share is not None:
+        metrics.ess.observe(done.effective_share, tags=tags)
+
+
+class Sampler:
+    """Requests as streams of events: `Accepted`, `Progress`, `Preview`; last `Finished`, `Failed` or `Refused`."""
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        settings: SamplerSettings,
+        rewards: Sequence[RewardSettings],
+        handles: Mapping[str, Any],
+        max_rows_waiting: int,
+    ) -> None:
+        self._cards = {card.id: card for card in cards}
+        self._settings, self._max_rows_waiting = settings, max_rows_waiting
+        self._metrics = SamplerMetrics()
+        self._rewards = RequestRewards(cards, rewards, handles)
+        self._live: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
+        # the first model is loaded before the replica counts as ready, the others when they are asked for
+        self._preloaded: dict[str, LoadedModel] = {cards[0].id: self._load(cards[0].id)}
+        self._models = self._multiplexed(settings.models_in_memory)
+
+    async def generate(self, generation: Generation, snapshot: bytes | None = None) -> AsyncIterator[Event]:
+        """Events of a request. snapshot: where another replica left it."""
+        model = await self._models(generation.model)
+        if model.engine.load()["rows_waiting"] + rows_of(generation) > max(self._max_rows_waiting, rows_of(generation)):
+            yield Refused(f"{self._max_rows_waiting} rows are waiting already")
+            return
+        try:
+            loop = asyncio.get_running_loop()
+            run = await asyncio.to_thread(_Run, loop, model, generation, self._rewards, snapshot)
+        except (ValueError, EngineClosedError) as error:
+            yield _failure(error, [])
+            return
+        try:
+            yield Accepted()
+            async for event in run.events(self._settings.snapshot_steps):
+                yield event
+        finally:
+            run.ticket.cancel()  # of no effect on what is done; a client that went away frees its rows
+
+    async def score(self, name: str, model: str, params: str, images: np.ndarray) -> np.ndarray:
+        """(N,) of images, by a reward that lives in this process."""
+        reward = self._rewards.colocated(model, name, params)
+        return (await asyncio.to_thread(_scored, reward, torch.tensor(images).clamp(0, 1))).numpy()
+
+    async def ready(self) -> bool:
+        return all(model.engine.healthy for model in list(self._live))
+
+    def check_health(self) -> None:
+        """Raises once an engine is dead, so that Serve starts another replica and nothing hangs."""
+        for model in list(self._live):
+            if not model.engine.healthy:
+                raise RuntimeError(f"the engine of {model.card.id} is dead: {model.engine.failure!r}")
+        self._report()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Rows of a step, waiting and running: the true load, which requests of different sizes are not."""
+        self._report()
+        loads = [model.engine.load() for model in list(self._live)]
+        return {"rows": float(sum(load["rows_waiting"] + load["rows_running"] for load in loads))}
+
+    def _report(self) -> None:
+        for model in list(self._live):
+            load, tags = model.engine.load(), {"model": model.card.id}
+            self._metrics.requests_running.set(load["jobs_running"], tags=tags)
+            self._metrics.requests_waiting.set(load["jobs_waiting"], tags=tags)
+
+    def _multiplexed(self, capacity: int) -> Any:
+        """Models by id, at most `capacity` of them in memory; Serve sends requests to replicas that have theirs."""
+
+        @serve.multiplexed(max_num_models_per_replica=capacity)
+        async def fetch(model_id: str) -> LoadedModel:
+            if model_id in self._preloaded:
+                return self._preloaded.pop(model_id)
+            return await asyncio.to_thread(self._load, model_id)
+
+        return fetch
+
+    def _load(self, model_id: str) -> LoadedModel:
+        model = LoadedModel(self._cards[model_id], self._settings, self._metrics)
+        self._live.add(model)
+        return model
+
+
+class _Run:
+    """One request in the engine. Made in a thread, since rewards may have to be loaded first."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        model: LoadedModel,
+        generation: Generation,
+        rewards: RequestRewards,
+        snapshot: bytes | None,
+    ) -> None:
+        self.generation, self.model = generation, model
+        self.rewards = rewards.of(generation)
+        self._loop, self._changed, self._step = loop, asyncio.Event(), 0
+        job = Job(
+            steering=_steering(generation, rewards),
+            num_images=generation.num_images,
+            num_steps=generation.num_steps,
+            dynamics=generation.dynamics,
+            seed=generation.seed,
+            label=generation.label,
+            cfg_scale=generation.cfg_scale,
+            key=generation.key,
+        )
+        restored = None if snapshot is None else Snapshot.from_bytes(snapshot)
+        self.ticket: Ticket = model.engine.submit(job, snapshot=restored, on_step=self._on_step)
+        self.ticket.future.add_done_callback(lambda _: self._wake())
+
+    async def events(self, snapshot_steps: int) -> AsyncIterator[Event]:
+        """What happens until the end, the end included."""
+        previews, next_snapshot = self._preview_steps(), snapshot_steps
+        while not self.ticket.future.done():
+            await self._changed.wait()
+            self._changed.clear()
+            step = self._step
+            while previews and step >= previews[0]:
+                previews.pop(0)
+                images = await asyncio.to_thread(self.ticket.preview)
+                yield Preview(self.generation.previews - len(previews) - 1, images.cpu().numpy())
+            if step >= next_snapshot:
+                next_snapshot = step + snapshot_steps
+                yield Progress(step, await asyncio.to_thread(lambda: self.ticket.snapshot().to_bytes()))
+        yield await asyncio.to_thread(self._outcome)
+
+    def _preview_steps(self) -> list[int]:
+        """Steps after which a preview is due, evenly between the first and the last."""
+        count, steps = self.generation.previews, self.generation.num_steps
+        return [max(1, steps * (number + 1) // (count + 1)) for number in range(count)]
+
+    def _outcome(self) -> Event:
+        """The end of a request, with each reward's own value where there are several."""
+        try:
+            samples: Samples = self.ticket.future.result()
+            parts = {title: _scored(reward, samples.images).numpy() for title, reward in self.rewards.items()}
+        except Exception as error:
+            return _failure(error, list(self.rewards))
+        total = None if samples.rewards is None else samples.rewards.cpu().numpy()
+        return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls)
+
+    def _on_step(self, done: int, of: int) -> None:
+        """Called in the engine's thread."""
+        self._step = done
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _steering(generation: Generation, rewards: RequestRewards) -> Steering:
+    if not generation.rewards:
+        return Unguided()
+    steering = build_steering({"name": generation.method, **generation.arguments}, rewards.total(generation))
+    assert steering is not None, generation.method
+    return steering
+
+
+def _failure(error: Exception, titles: Sequence[str]) -> Failed:
+    """Whose fault it was that a request failed: a reward's by its title, the request's own, or nobody's yet."""
+    line = _line(error)
+    blamed = line.removeprefix("reward ").partition(":")[0] if line.startswith("reward ") else None
+    reward = blamed if blamed in titles else None
+    if isinstance(error, RewardDownError):
+        return Failed("reward_down", line, reward)
+    if isinstance(error, RewardError) or blamed is not None:
+        return Failed("reward_failed", line, reward)
+    if isinstance(error, EngineClosedError):
+        return Failed("lost", line)
+    if isinstance(error, ValueError):
+        return Failed("invalid", line)
+    log.error("a request failed", exc_info=error)
+    return Failed("internal", "internal error of the sampler")
+
+
+@torch.no_grad()
+def _scored(reward: Reward, images: torch.Tensor) -> torch.Tensor:
+    return score(reward, images).cpu()
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _device(settings: SamplerSettings) -> str:
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sampler_deployment(
+    cards: Sequence[ModelCard],
+    settings: SamplerSettings,
+    rewards: Sequence[RewardSettings],
+    handles: Mapping[str, serve.Application],
+    *,
+    max_rows_waiting: int,
+) -> serve.Application:
+    """The deployment `sampler`. It takes every request at once, since the engine is the queue."""
+    options = {"name": "sampler", "max_ongoing_requests": 1024, **settings.options()}
+    return serve.deployment(**options)(Sampler).bind(
+        list(cards), settings, list(rewards), dict(handles), max_rows_waiting
+    )

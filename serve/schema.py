@@ -1,0 +1,67 @@
+"""Bodies of requests: the OpenAI Images API where it fits, and our own fields. Types only; bounds that an operator
+sets and what a model allows are looked at in `resolve`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_SEED = 2**31 - 1
+
+
+class Body(BaseModel):
+    """Strict: a text is no number, true is no number, NaN is none either, and nothing unknown is ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RewardRequest(Body):
+    name: str
+    weight: float = 1.0
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class SteeringRequest(Body):
+    method: Literal["gradient", "gradient_free", "dps", "resampling", "search", "smc", "best_of_n", "none"] | None = (
+        None
+    )
+    rewards: list[RewardRequest] = Field(default_factory=list)
+    guidance_scale: float | None = None
+    num_draws: int | Literal["auto"] | None = None
+    num_particles: int | None = Field(default=None, description="particles of one image; for best_of_n: N")
+    num_steps: int | None = Field(default=None, ge=1)
+    dynamics: Literal["ode", "sde"] | None = None
+    renormalise: Literal["none", "rescale", "clip"] | None = None
+    trust_region: float | Literal["auto"] | None = "auto"
+    resampling: Literal["max_overall", "max_per_particle"] | None = Field(default=None, description="of search")
+    transition: Literal["stochastic", "deterministic"] | None = Field(default=None, description="of search")
+    potential: Literal["tds", "feynman_kac", "value"] | None = Field(default=None, description="of smc")
+    resample_threshold: float | None = Field(default=None, ge=0, le=1, description="of smc")
+    max_nfe: int | None = Field(default=None, ge=1, description="network and reward calls an image, never exceeded")
+    deadline_s: float | None = Field(default=None, gt=0, description="seconds; 504 when they have passed")
+    on_reward_failure: Literal["fail", "drop"] = "fail"
+
+
+class GenerationRequest(Body):
+    model: str | None = None
+    prompt: str = ""
+    class_label: int | None = Field(default=None, ge=0)
+    cfg_scale: float | None = None
+    n: int | None = Field(default=1, ge=1)
+    size: str | None = "auto"
+    quality: Literal["auto", "low", "medium", "high"] | None = "auto"
+    response_format: Literal["b64_json"] | None = "b64_json"
+    output_format: Literal["png"] | None = "png"
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="random when left out; returned")
+    stream: bool | None = False
+    partial_images: int | None = Field(default=0, ge=0, le=3)
+    user: str | None = None
+    steering: SteeringRequest | None = None
+
+
+class ScoreRequest(Body):
+    images: list[str] = Field(min_length=1, description="PNG in base64")
+    prompt: str = ""
+    model: str | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
