@@ -35,7 +35,7 @@ def preview_events(generation: Generation, preview: Preview) -> list[dict[str, A
     return [
         {
             "type": "image_generation.partial_image",
-            "b64_json": encode_png(torch.from_numpy(image)),
+            "b64_json": encode_png(torch.tensor(image)),
             "partial_image_index": preview.number,
             "image_index": index,
             **_of_every_event(generation),
@@ -89,7 +89,7 @@ def steering_as_done(generation: Generation, done: Finished) -> dict[str, Any]:
 
 def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]:
     return {
-        "b64_json": encode_png(torch.from_numpy(done.images[index])),
+        "b64_json": encode_png(torch.tensor(done.images[index])),
         "seed": generation.seed,
         "index": index,
         "reward": None if done.reward is None else float(done.reward[index]),

@@ -34,8 +34,8 @@ _FIELDS = {
 }
 
 
-def build_api(backend: Backend, resolver: Resolver, keys: Keys) -> FastAPI:
-    """The ASGI application over a backend."""
+def build_api(backend: Backend, resolver: Resolver, keys: Keys, *, names_requests: bool = True) -> FastAPI:
+    """The ASGI application over a backend. names_requests: as in `Gate`."""
     app = FastAPI(title="mfm-ray", description="Reward-steered generation with Meta Flow Maps: OpenAI's Images API.")
     routes = Routes(backend, resolver)
     app.post("/v1/images/generations")(routes.generate)
@@ -49,7 +49,7 @@ def build_api(backend: Backend, resolver: Resolver, keys: Keys) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Gate, keys=keys, body_bytes=resolver.limits.body_bytes)
+    app.add_middleware(Gate, keys=keys, body_bytes=resolver.limits.body_bytes, names_requests=names_requests)
     return app
 
 

@@ -48,7 +48,7 @@ class Endpoint:
         self._resolver = Resolver(cards, [reward.name for reward in rewards], settings.limits)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self._backend, self._resolver, self._keys)
+        return build_api(self._backend, self._resolver, self._keys, names_requests=False)
 
 
 def build_app(args: AppSettings) -> serve.Application:

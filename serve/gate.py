@@ -21,10 +21,13 @@ _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 
 
 class Gate:
-    """ASGI middleware. Answers 401 and 413 by itself, and 500 without a trace for whatever a route lets through."""
+    """ASGI middleware. Answers 401 and 413 by itself, and 500 without a trace for whatever a route lets through.
 
-    def __init__(self, app: Any, *, keys: Keys, body_bytes: int) -> None:
-        self.app, self.keys, self.body_bytes = app, keys, body_bytes
+    names_requests: whether x-request-id is put into answers here; Serve's own proxy does so where there is one.
+    """
+
+    def __init__(self, app: Any, *, keys: Keys, body_bytes: int, names_requests: bool) -> None:
+        self.app, self.keys, self.body_bytes, self.names_requests = app, keys, body_bytes, names_requests
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -32,7 +35,8 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        answer = _Answer(send, given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        answer = _Answer(send, request_id, named=self.names_requests)
         state = scope.setdefault("state", {})
         state["request_id"] = answer.request_id
         try:
@@ -64,13 +68,14 @@ class Gate:
 class _Answer:
     """`send` with the request's id in the headers, and whether an answer has begun."""
 
-    def __init__(self, send: Any, request_id: str) -> None:
-        self.send, self.request_id, self.begun = send, request_id, False
+    def __init__(self, send: Any, request_id: str, *, named: bool) -> None:
+        self.send, self.request_id, self.named, self.begun = send, request_id, named, False
 
     async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            if self.named:
+                MutableHeaders(scope=message)["x-request-id"] = self.request_id
         await self.send(message)
 
     async def refuse(self, error: ApiError) -> None:
@@ -107,4 +112,4 @@ def _limited(receive: Any, limit: int) -> Any:
 
 
 def too_large(limit: int) -> ApiError:
-    return ApiError(413, f"body: more than {limit} bytes", param="body", code="bodytoo_large", retry=False)
+    return ApiError(413, f"body: more than {limit} bytes", param="body", code="body_too_large", retry=False)

@@ -23,6 +23,7 @@ from mfm_ray.pretrained import load_flow_map
 from mfm_ray.rewards import RewardError, WeightedSum
 from mfm_ray.steering import Reward, Steering, Unguided, score
 
+from .autoscaling import ROWS, with_policy
 from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
 from .metrics import SamplerMetrics
 from .models import ModelCard
@@ -32,6 +33,8 @@ from .reward import BuiltRewards, canonical
 from .settings import RewardSettings, SamplerSettings
 
 log = logging.getLogger(__name__)
+
+_JOBS = ("jobs_running", "jobs_waiting")
 
 
 class RequestRewards:
@@ -188,11 +191,16 @@ class Sampler:
                 raise RuntimeError(f"the engine of {model.card.id} is dead: {model.engine.failure!r}")
         self._report()
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """Rows of a step, waiting and running: the true load, which requests of different sizes are not."""
-        self._report()
+    def load(self) -> dict[str, int]:
+        """Rows of a step and requests, running and waiting, of all engines together."""
         loads = [model.engine.load() for model in list(self._live)]
-        return {"rows": float(sum(load["rows_waiting"] + load["rows_running"] for load in loads))}
+        return {key: sum(load[key] for load in loads) for key in ("rows_running", "rows_waiting", *_JOBS)}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The true load, which requests of different sizes are not; read by `autoscaling.by_rows`."""
+        self._report()
+        load = self.load()
+        return {ROWS: float(load["rows_waiting"] + load["rows_running"])}
 
     def _report(self) -> None:
         for model in list(self._live):
@@ -333,7 +341,7 @@ def sampler_deployment(
     max_rows_waiting: int,
 ) -> serve.Application:
     """The deployment `sampler`. It takes every request at once, since the engine is the queue."""
-    options = {"name": "sampler", "max_ongoing_requests": 1024, **settings.options()}
+    options = {"name": "sampler", "max_ongoing_requests": 1024, **with_policy(settings.options(), settings.target_rows)}
     return serve.deployment(**options)(Sampler).bind(
         list(cards), settings, list(rewards), dict(handles), max_rows_waiting
     )

@@ -46,7 +46,7 @@ class Replicas(Settings):
 
     def options(self) -> dict[str, Any]:
         """Arguments of a deployment's `.options`."""
-        given = self.model_dump(exclude_none=True)
+        given = self.model_dump(include=set(Replicas.model_fields), exclude_none=True)
         return given if self.num_replicas or self.autoscaling_config else {**given, "num_replicas": 1}
 
 
@@ -74,10 +74,6 @@ class RewardSettings(Replicas):
     attempts: PositiveInt = Field(default=3, description="calls, the first included, before the reward counts as down")
     max_batch_rows: PositiveInt = Field(default=512, description="rows of one evaluation, merged over callers")
     rewards_in_memory: PositiveInt = Field(default=64, description="rewards kept built, one for each set of parameters")
-
-    def options(self) -> dict[str, Any]:
-        own = set(RewardSettings.model_fields) - set(Replicas.model_fields)
-        return {key: value for key, value in super().options().items() if key not in own}
 
 
 class AppSettings(Settings):

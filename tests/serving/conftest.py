@@ -1,0 +1,109 @@
+"""A tiny model on disk, and the endpoint over a backend that computes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mfm_ray.data.datasets import digits
+from mfm_ray.data.moments import data_moments
+from mfm_ray.networks import build_network
+from mfm_ray.networks.classifier import DigitClassifier
+from mfm_ray.pretrained import save_model
+from serve.generation import Accepted, Event, Finished, Generation, Preview
+from serve.keys import Keys
+from serve.models import ModelCard, read_models
+from serve.resolve import Resolver
+from serve.settings import Limits
+
+
+def save_tiny_model(path: Path, *, seed: int = 0) -> Path:
+    data = digits()
+    train = data.splits["train"].data.flatten(1).double()
+    moments = data_moments(data.space.to_model_space(train)).preconditioning()
+    torch.manual_seed(seed)
+    network = {"name": "residual_mlp", "width": 16, "num_blocks": 1}
+    flow_map = build_network(network, space=data.space, num_classes=10, moments=moments)
+    described = {"name": "digits", **data.space.config(), "num_classes": 10, "class_names": list(data.class_names)}
+    judge = DigitClassifier(num_classes=10, event_shape=(1, 8, 8))
+    save_model(path, flow_map, config={"data": described, "training": {}}, classifier=judge)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two models by id."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: str(save_tiny_model(folder / name, seed=seed)) for seed, name in enumerate(("tiny", "other"))}
+
+
+@pytest.fixture(scope="session")
+def card(tiny_models: dict[str, str]) -> ModelCard:
+    return read_models({"tiny": tiny_models["tiny"]})["tiny"]
+
+
+@pytest.fixture
+def resolver(card: ModelCard) -> Resolver:
+    return Resolver({card.id: card}, ["symmetry", "brightness", "class_probability", "masked_observation"], Limits())
+
+
+class FakeBackend:
+    """Answers at once; keeps what it was asked. `events`, when set, is what a generation yields."""
+
+    def __init__(self) -> None:
+        self.asked: list[Generation] = []
+        self.events: Callable[[Generation], AsyncIterator[Event]] | None = None
+        self.is_ready = True
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Event]:
+        self.asked.append(generation)
+        if self.events is not None:
+            async for event in self.events(generation):
+                yield event
+            return
+        yield Accepted()
+        images = np.full((generation.num_images, 1, 8, 8), 0.5, np.float32)
+        for number in range(generation.previews):
+            yield Preview(number, images)
+        scores = np.zeros(generation.num_images, np.float32)
+        yield Finished(images, scores, {choice.title: scores for choice in generation.rewards}, 10.0, {"draw": 5.0})
+
+    async def score(self, name: str, model: str, params: Any, images: np.ndarray) -> np.ndarray:
+        await asyncio.sleep(0)
+        return images.mean(axis=(1, 2, 3))
+
+    async def ready(self) -> bool:
+        return self.is_ready
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def make_client(backend: FakeBackend, resolver: Resolver) -> Callable[..., Any]:
+    """`make_client(keys=["a"], limits=Limits(...), address="10.0.0.1")`: a client of the endpoint."""
+    from dataclasses import replace
+
+    from starlette.testclient import TestClient
+
+    from serve.api import build_api
+
+    def make(keys: list[str] | None = None, limits: Limits | None = None, address: str = "127.0.0.1") -> TestClient:
+        own = resolver if limits is None else replace(resolver, limits=limits)
+        app = build_api(backend, own, Keys.of(keys or []))
+        return TestClient(app, client=(address, 50000), raise_server_exceptions=False)
+
+    return make
+
+
+@pytest.fixture
+def client(make_client: Callable[..., Any]) -> Any:
+    return make_client()
