@@ -120,17 +120,21 @@ class KeyedNoise:
         """New keys from the old ones and an integer, or one integer a row (broadcast against the rows)."""
         # + 1: key 0 (image 0 of seed 0) would otherwise fold 0 into itself and share noise between steps
         offset = (torch.as_tensor(value, dtype=torch.int64, device=self.keys.device) + 1) * _GOLDEN
-        return KeyedNoise(_mix(_mix(self.keys) + offset))
+        return self._of(_mix(_mix(self.keys) + offset))
 
     def spread(self, num: int, *, first: int = 0) -> KeyedNoise:
         """Give every row `num` independent rows of its own, numbered from `first`, in a new last dimension."""
-        return KeyedNoise(self.keys.unsqueeze(-1)).fold_in(torch.arange(first, first + num, device=self.keys.device))
+        return self._of(self.keys.unsqueeze(-1)).fold_in(torch.arange(first, first + num, device=self.keys.device))
 
     def __getitem__(self, index: slice | Tensor) -> KeyedNoise:
-        return KeyedNoise(self.keys[index])
+        return self._of(self.keys[index])
 
     def flatten(self) -> KeyedNoise:
-        return KeyedNoise(self.keys.reshape(-1))
+        return self._of(self.keys.reshape(-1))
+
+    def _of(self, keys: Tensor) -> KeyedNoise:
+        """Noise of the same kind for other keys."""
+        return KeyedNoise(keys)
 
     def normal(self, *event: int) -> Tensor:
         size = math.prod(event)

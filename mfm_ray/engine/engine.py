@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mfm_ray.dynamics import DYNAMICS
 from mfm_ray.engine.job import Finished, ImageInFlight, Job, JobInFlight, joined_particles, particles_of
-from mfm_ray.engine.merging import Merger
+from mfm_ray.engine.merging import MergedNoise, Merger
 from mfm_ray.engine.rendezvous import MAX_LANES
 from mfm_ray.engine.schedule import Schedule
 from mfm_ray.engine.snapshot import Snapshot
@@ -340,7 +340,7 @@ class _Lane:
         keys = torch.stack([run.keys.keys[image.index] for run, image in self._units])
         context = SteeringContext(
             self._merger.flow_map,
-            KeyedNoise(keys.flatten()).fold_in(steps.repeat_interleave(count)),
+            MergedNoise(keys.flatten(), self._merger.lanes).fold_in(steps.repeat_interleave(count)),
             calls,
             self._labels(count, device),
             job.cfg_scale,

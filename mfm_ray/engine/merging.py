@@ -1,4 +1,4 @@
-"""Calls of many lanes as one: a flow map, rewards and gradients that meet the others at a rendezvous."""
+"""Calls of many lanes as one: noise, a flow map, rewards and gradients that meet the others at a rendezvous."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mfm_ray.engine.rendezvous import Call, Handler, Phase, Rendezvous
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.noise import KeyedNoise
 from mfm_ray.padding import PaddedFlowMap
 from mfm_ray.steering import Reward, Steering
 from mfm_ray.steering.reward_gradient import evaluate
@@ -33,6 +34,12 @@ class VelocityCall:
     label: Tensor | None
     cfg_scale: float | Tensor | None
     differentiable: bool
+
+
+@dataclass(frozen=True)
+class NoiseCall:
+    keys: Tensor
+    event: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Merger:
         self._network, self._inner = network, PaddedFlowMap(flow_map)
         self._scorers = ThreadPoolExecutor(_REWARDS_AT_ONCE, thread_name_prefix="reward")
         handlers: dict[Phase, Handler] = {
+            Phase.NOISE: _normals,
             Phase.DRIFT: self._velocities,
             Phase.DRAW: self._velocities,
             Phase.REWARD: self._rewards,
@@ -162,6 +170,22 @@ class MergedFlowMap(FlowMap):
         return self.flow_map.config()
 
 
+class MergedNoise(KeyedNoise):
+    """Keyed noise whose deviates are computed together with those of other lanes: for a few rows its many small
+    operations would cost more than a network call."""
+
+    def __init__(self, keys: Tensor, lanes: Rendezvous) -> None:
+        super().__init__(keys)
+        self._lanes = lanes
+
+    def _of(self, keys: Tensor) -> MergedNoise:
+        return MergedNoise(keys, self._lanes)
+
+    def normal(self, *event: int) -> Tensor:
+        result: Tensor = self._lanes.call(Phase.NOISE, NoiseCall(self.keys, event))
+        return result
+
+
 class MergedReward:
     """A reward whose calls are made together with those of other lanes that have the same reward."""
 
@@ -174,6 +198,15 @@ class MergedReward:
         asked = RewardCall(self.reward, samples, _differentiable(samples))
         result: Tensor = self._lanes.call(Phase.REWARD, asked)
         return result
+
+
+def _normals(calls: Sequence[Call]) -> None:
+    for group in grouped(calls, lambda asked: asked.event):
+        asked: list[NoiseCall] = [call.payload for call in group]
+        keys = [call.keys.reshape(-1) for call in asked]
+        normals = KeyedNoise(_joined(keys)).normal(*asked[0].event)
+        for call, wanted, part in zip(group, asked, normals.split([len(own) for own in keys]), strict=True):
+            call.result = part.reshape(*wanted.keys.shape, *wanted.event)
 
 
 def _score_together(calls: Sequence[Call]) -> None:

@@ -1,7 +1,7 @@
 """Steering methods side by side in lanes, one thread each; what they ask for is merged.
 
-A lane runs the library's own code until it needs the network, a reward or a gradient, and waits there. Once every lane
-waits, the calls of the earliest phase are run as one. No lane knows of the others, and no row's result depends on them
+A lane runs the library's own code until it needs noise, the network, a reward or a gradient, and waits there. Once all
+wait, the calls of the earliest phase are run as one. No lane knows of the others, and no row's result depends on them
 (`mfm_ray.padding`).
 """
 
@@ -25,10 +25,11 @@ class Phase(IntEnum):
     A backward pass goes last: all lanes that shared a network call have then come to it, and one pass serves them.
     """
 
-    DRIFT = 0
-    DRAW = 1
-    REWARD = 2
-    GRADIENT = 3
+    NOISE = 0
+    DRIFT = 1
+    DRAW = 2
+    REWARD = 3
+    GRADIENT = 4
 
 
 @dataclass
