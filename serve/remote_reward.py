@@ -57,14 +57,15 @@ class Line:
     """
 
     def __init__(self, handle: Any, *, name: str, timeout_s: float, attempts: int) -> None:
-        self.handle, self.name, self._timeout_s, self._attempts = handle, name, timeout_s, attempts
+        self.name, self._handle, self._timeout_s, self._attempts = name, handle, timeout_s, attempts
+        self._handles: dict[tuple[str, bool], Any] = {}
         self._down_until = 0.0
 
     def call(self, method: str, *arguments: Any, by_reference: bool) -> Any:
         """What the replica answers. RewardDownError when none does; RewardError when the reward itself refused."""
         if time.monotonic() < self._down_until:
             raise RewardDownError(self.name, "is down, as it was a moment ago")
-        handle = self.handle.options(method_name=method, _by_reference=by_reference)
+        handle = self._handle_of(method, by_reference)
         try:
             return attempt(
                 lambda: _result(handle.remote(*arguments), self._timeout_s), name=self.name, attempts=self._attempts
@@ -72,6 +73,13 @@ class Line:
         except RewardDownError:
             self._down_until = time.monotonic() + _REST_S
             raise
+
+    def _handle_of(self, method: str, by_reference: bool) -> Any:
+        """Kept, since to make one takes a millisecond."""
+        key = (method, by_reference)
+        if key not in self._handles:
+            self._handles[key] = self._handle.options(method_name=method, _by_reference=by_reference)
+        return self._handles[key]
 
 
 class RemoteReward:

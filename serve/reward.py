@@ -111,5 +111,7 @@ _KINDS = {VALUE: _value, GRADIENT: _gradient, SCORE: _score}
 
 def reward_deployment(cards: Sequence[ModelCard], settings: RewardSettings) -> serve.Application:
     """The deployment `reward_<name>`, each with its own resources and scaling."""
-    options = {"name": f"reward_{settings.name}", "max_ongoing_requests": 64, **settings.options()}
-    return serve.deployment(**options)(RewardServer).bind(list(cards), settings)
+    # a call a step of every request in flight: a line for each would cost more than the call
+    quiet = {"enable_access_log": False}
+    options: dict[str, Any] = {"name": f"reward_{settings.name}", "max_ongoing_requests": 64, "logging_config": quiet}
+    return serve.deployment(**options, **settings.options())(RewardServer).bind(list(cards), settings)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -115,7 +116,7 @@ class LoadedModel:
         flow_map: FlowMap = load_flow_map(card.source).to(_device(settings))
         watch = functools.partial(_record, metrics, card.id)
         self.card = card
-        self.engine = Engine(flow_map, max_rows=settings.max_rows, waves=settings.waves, watch=watch).start()
+        self.engine = Engine(flow_map, max_rows=settings.max_rows, waves=settings.waves or 1, watch=watch).start()
         self._end = weakref.finalize(self, _close_elsewhere, self.engine)
 
 
@@ -149,7 +150,8 @@ class Sampler:
         max_rows_waiting: int,
     ) -> None:
         self._cards = {card.id: card for card in cards}
-        self._settings, self._max_rows_waiting = settings, max_rows_waiting
+        waves = settings.waves or (2 if handles else 1)
+        self._settings, self._max_rows_waiting = settings.model_copy(update={"waves": waves}), max_rows_waiting
         self._metrics = SamplerMetrics()
         self._rewards = RequestRewards(cards, rewards, handles)
         self._live: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
@@ -164,14 +166,14 @@ class Sampler:
             yield Refused(f"{self._max_rows_waiting} rows are waiting already")
             return
         try:
-            loop = asyncio.get_running_loop()
-            run = await asyncio.to_thread(_Run, loop, model, generation, self._rewards, snapshot)
+            loop, every_s = asyncio.get_running_loop(), self._settings.snapshot_every_s
+            run = await asyncio.to_thread(_Run, loop, model, generation, self._rewards, snapshot, every_s)
         except (ValueError, EngineClosedError) as error:
             yield _failure(error, [])
             return
         try:
             yield Accepted()
-            async for event in run.events(self._settings.snapshot_steps):
+            async for event in run.events():
                 yield event
         finally:
             run.ticket.cancel()  # of no effect on what is done; a client that went away frees its rows
@@ -235,10 +237,13 @@ class _Run:
         generation: Generation,
         rewards: RequestRewards,
         snapshot: bytes | None,
+        every_s: float,
     ) -> None:
         self.generation, self.model = generation, model
         self.rewards = rewards.of(generation)
         self._loop, self._changed, self._step = loop, asyncio.Event(), 0
+        self._previews = _preview_steps(generation)
+        self._every_s, self._next_snapshot = every_s, time.monotonic() + every_s
         job = Job(
             steering=_steering(generation, rewards),
             num_images=generation.num_images,
@@ -253,26 +258,20 @@ class _Run:
         self.ticket: Ticket = model.engine.submit(job, snapshot=restored, on_step=self._on_step)
         self.ticket.future.add_done_callback(lambda _: self._wake())
 
-    async def events(self, snapshot_steps: int) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[Event]:
         """What happens until the end, the end included."""
-        previews, next_snapshot = self._preview_steps(), snapshot_steps
         while not self.ticket.future.done():
             await self._changed.wait()
             self._changed.clear()
             step = self._step
-            while previews and step >= previews[0]:
-                previews.pop(0)
+            while self._previews and step >= self._previews[0]:
+                self._previews.pop(0)
                 images = await asyncio.to_thread(self.ticket.preview)
-                yield Preview(self.generation.previews - len(previews) - 1, images.cpu().numpy())
-            if step >= next_snapshot:
-                next_snapshot = step + snapshot_steps
+                yield Preview(self.generation.previews - len(self._previews) - 1, images.cpu().numpy())
+            if time.monotonic() >= self._next_snapshot:
                 yield Progress(step, await asyncio.to_thread(lambda: self.ticket.snapshot().to_bytes()))
+                self._next_snapshot = time.monotonic() + self._every_s
         yield await asyncio.to_thread(self._outcome)
-
-    def _preview_steps(self) -> list[int]:
-        """Steps after which a preview is due, evenly between the first and the last."""
-        count, steps = self.generation.previews, self.generation.num_steps
-        return [max(1, steps * (number + 1) // (count + 1)) for number in range(count)]
 
     def _outcome(self) -> Event:
         """The end of a request, with each reward's own value where there are several."""
@@ -285,13 +284,21 @@ class _Run:
         return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls)
 
     def _on_step(self, done: int, of: int) -> None:
-        """Called in the engine's thread."""
+        """Called in the engine's thread; most steps are of interest to nobody."""
         self._step = done
-        self._wake()
+        preview_due = bool(self._previews) and done >= self._previews[0]
+        if preview_due or time.monotonic() >= self._next_snapshot:
+            self._wake()
 
     def _wake(self) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._changed.set)
+
+
+def _preview_steps(generation: Generation) -> list[int]:
+    """Steps after which a preview is due, evenly between the first and the last."""
+    count, steps = generation.previews, generation.num_steps
+    return [max(1, steps * (number + 1) // (count + 1)) for number in range(count)]
 
 
 def _steering(generation: Generation, rewards: RequestRewards) -> Steering:

@@ -52,9 +52,12 @@ class Replicas(Settings):
 
 class SamplerSettings(Replicas):
     max_rows: PositiveInt = Field(default=1024, description="rows of one network call")
-    waves: PositiveInt = Field(default=2, description="batches in flight, so that sampler and rewards overlap")
-    snapshot_steps: PositiveInt = Field(
-        default=5, description="steps between snapshots that a lost request resumes from"
+    waves: PositiveInt | None = Field(
+        default=None,
+        description="batches in flight, so that sampler and rewards overlap; null: 2, or 1 when no reward is remote",
+    )
+    snapshot_every_s: PositiveFloat = Field(
+        default=1.0, description="seconds between snapshots of a request, from which it goes on when its sampler dies"
     )
     models_in_memory: PositiveInt = Field(default=2, description="checkpoints that one replica holds")
     target_rows: PositiveInt = Field(

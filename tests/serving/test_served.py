@@ -33,7 +33,7 @@ from serve.settings import AppSettings, Limits
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 APP, KEY = "mfm-tests", "key-of-the-tests"
-SMALL = {"num_cpus": 0.1}
+SMALL = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 1, "graceful_shutdown_timeout_s": 2}
 SYMMETRY = {"rewards": [{"name": "symmetry"}], "num_steps": 8}
 BOTH = {"rewards": [{"name": "symmetry", "weight": 0.7}, {"name": "brightness", "weight": -0.2}], "num_steps": 6}
 ENDLESS = {"rewards": [{"name": "symmetry"}], "num_steps": 1000, "num_draws": 16}
@@ -69,13 +69,14 @@ def served(
         {
             "model": tiny_models,
             "keys_file": str(keys),
-            "sampler": {"ray_actor_options": SMALL, "models_in_memory": 1, "health_check_period_s": 1},
-            "ingress": {"ray_actor_options": SMALL},
+            "sampler": {**SMALL, "models_in_memory": 1},
+            "ingress": SMALL,
             "rewards": [
-                {"name": "symmetry", "ray_actor_options": SMALL, "health_check_period_s": 1},
+                {"name": "symmetry", **SMALL},
                 {"name": "brightness", "placement": "colocated"},
                 {
                     "name": "class_probability",  # a reward that no machine here can have
+                    **SMALL,
                     "ray_actor_options": {"resources": {"absent": 1}},
                     "autoscaling_config": never,
                     "timeout_s": 0.2,
