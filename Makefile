@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-all bench lint format clean
+.PHONY: help setup demo serve test test-fast test-all bench lint format clean
 ARGS ?=
 
 # ninja and the project's own commands are found first; set-up itself must see the machine's PATH.
@@ -28,6 +28,9 @@ setup: ## creates or refreshes .venv (all other targets do so by themselves)
 
 demo: setup ## trains on real digits, draws, steers, compares with Best-of-N, writes outputs/demo/report.html
 	@$(RUN) python -m jobs.demo $(ARGS)
+
+serve: setup ## serves the demo's model and rewards on 127.0.0.1:8000 until Ctrl-C (trains it first when there is none)
+	@$(RUN) python -m scripts.run_server $(ARGS)
 
 test: setup ## the test suite, at most 20 minutes on 2 cores
 	@$(RUN) python -m pytest -m "not slow and not browser" $(ARGS)

@@ -59,6 +59,13 @@ def ray_cluster(log: Callable[[str], None]) -> Iterator[None]:
     ray.shutdown()
 
 
+def joins_a_cluster() -> bool:
+    """Whether `ray_cluster` would join one that outlives this process, instead of starting its own."""
+    import ray
+
+    return ray.is_initialized() or _address_to_join() is not None
+
+
 def num_gpus() -> float:
     """GPUs of the cluster that is joined."""
     import ray

@@ -173,6 +173,15 @@ class DemoConfig(JobConfig):
     training: dict[str, Any] = setting("keys of jobs.train beside the recipe's: +training.max_steps=500")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeployConfig(JobConfig):
+    model: str | list[str] | None = setting("model directory, or a list of them; null: what the config says")
+    rewards: list[str] | None = setting("rewards that are served, by name; null: what the config says")
+    config: str = setting("file in Ray Serve's own schema: replicas, resources, scaling, limits")
+    keys_file: str | None = setting("file of accepted keys, one a line; null: MFM_RAY_API_KEYS alone")
+    port: int | None = setting("HTTP port; null: what the config says", minimum=1, maximum=65535)
+
+
 ROOTS: dict[str, type[JobConfig]] = {
     "train": TrainConfig,
     "prepare_data": PrepareDataConfig,
@@ -180,6 +189,7 @@ ROOTS: dict[str, type[JobConfig]] = {
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
+    "deploy": DeployConfig,
 }
 
 

@@ -70,6 +70,7 @@ class RewardSettings(Replicas):
     """A reward. placement: in a deployment of its own, or inside the sampler's replicas (cheap rewards)."""
 
     name: str
+    ray_actor_options: dict[str, Any] = Field(default_factory=lambda: {"num_cpus": 0.5})
     placement: Literal["deployment", "colocated"] = "deployment"
     timeout_s: PositiveFloat = Field(
         default=10.0, description="seconds for one call, after which it is repeated elsewhere"

@@ -20,6 +20,7 @@ GROUPS = {
     "evaluate": ("protocol",),
     "demo": ("protocol",),
     "export": (),
+    "deploy": (),
 }
 EVERY_CHOICE = [
     (root, f"{group}={choice}")

@@ -1,0 +1,118 @@
+"""Bringing the application up on the cluster that this process is connected to, for `make serve` and jobs.deploy."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.context import _get_global_client
+
+from mfm_ray.errors import InputError
+
+from .app import build_app
+from .keys import OPEN, Keys
+from .settings import AppSettings
+
+LOOPBACK = "127.0.0.1"
+IMPORT_PATH = "serve.app:build_app"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a `serve/config.yaml` says, with what was given beside it. host None: loopback unless there are keys."""
+
+    settings: AppSettings
+    app: str = "mfm"
+    host: str | None = None
+    port: int = 8000
+
+    def address(self) -> tuple[str, int]:
+        """Host and port to bind. Without keys that is this machine alone, whatever the configuration says."""
+        if not Keys.load(self.settings.keys_file):
+            return LOOPBACK, self.port
+        return self.host or "0.0.0.0", self.port
+
+
+def read_deployment(config: str | None, *, args: Mapping[str, Any], port: int | None = None) -> Deployment:
+    """The one application of a file in Ray Serve's own schema (none: defaults), with further arguments of `build_app`.
+
+    InputError for a file that is none, and for arguments that `build_app` does not take.
+    """
+    described = {} if config is None else _read(config)
+    applications = described.get("applications") or [{}]
+    if len(applications) != 1 or applications[0].get("import_path", IMPORT_PATH) != IMPORT_PATH:
+        raise InputError(f"config={config}: expected one application with import_path {IMPORT_PATH}")
+    if applications[0].get("deployments"):
+        raise InputError(f"config={config}: deployments: only `serve deploy` reads them; here replicas are set in args")
+    http = described.get("http_options") or {}
+    given = {**(applications[0].get("args") or {}), **args}
+    try:
+        settings = AppSettings.model_validate(given)
+    except ValidationError as error:
+        raise InputError(_first_line(error)) from error
+    app = str(applications[0].get("name", Deployment.app))
+    chosen = port or int(http.get("port", Deployment.port))
+    return Deployment(settings, app=app, host=http.get("host"), port=chosen)
+
+
+def bring_up(deployment: Deployment) -> str:
+    """Starts Serve where it is not running, and the application on it; returns once that is ready, with its URL.
+
+    RuntimeError when a deployment cannot start.
+    """
+    host, port = deployment.address()
+    app = build_app(deployment.settings)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(app, name=deployment.app, route_prefix="/")
+    return endpoint()
+
+
+def require_free_port(deployment: Deployment) -> None:
+    """InputError where another program listens already; Serve itself would share the port with it, and say nothing."""
+    host, port = deployment.address()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"port={port}: {error.strerror}; choose another port") from error
+
+
+def endpoint() -> str:
+    """URL of the Serve that is running: one that ran before keeps its own host and port."""
+    client = _get_global_client()
+    assert client is not None, "Serve is running"
+    options = client.http_config
+    everywhere = options.host in ("0.0.0.0", "::")
+    return f"http://{ray.util.get_node_ip_address() if everywhere else options.host}:{options.port}"
+
+
+def notice(deployment: Deployment) -> str:
+    """Who is answered, in one line."""
+    keys = Keys.load(deployment.settings.keys_file)
+    return f"{len(keys.digests)} keys are accepted" if keys else OPEN
+
+
+def _read(config: str) -> dict[str, Any]:
+    try:
+        described = yaml.safe_load(Path(config).read_text())
+    except OSError as error:
+        raise InputError(f"config={config}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config={config}: no YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(described, dict):
+        raise InputError(f"config={config}: expected a configuration of Ray Serve")
+    return described
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place or 'args'}: {first['msg']}"
