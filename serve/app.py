@@ -5,8 +5,7 @@ serve run serve.app:build_app model=a/model,b/model rewards=symmetry,brightness
 serve deploy serve/config.yaml                                        (to a running cluster)
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: Serve reads the type of build_app's argument as it stands.
 import logging
 from collections.abc import Mapping
 from typing import Any

@@ -127,3 +127,31 @@ def _finish(command: Sequence[str], cwd: Path, env: dict[str, str], timeout: flo
     path = lines[-1].removeprefix("RESULT ") if lines and lines[-1].startswith("RESULT ") else None
     result = json.loads(Path(path).read_text()) if path is not None and "://" not in path else None
     return FinishedJob(process.returncode, stdout, stderr, path, result)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two untrained models of digits by name, with a classifier beside each."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: _save_tiny_model(folder / name, seed=seed) for seed, name in enumerate(("tiny", "other"))}
+
+
+def _save_tiny_model(path: Path, *, seed: int) -> str:
+    import torch
+
+    from mfm_ray.data.datasets import digits
+    from mfm_ray.data.moments import data_moments
+    from mfm_ray.networks import build_network
+    from mfm_ray.networks.classifier import DigitClassifier
+    from mfm_ray.pretrained import save_model
+
+    data = digits()
+    train = data.splits["train"].data.flatten(1).double()
+    moments = data_moments(data.space.to_model_space(train)).preconditioning()
+    torch.manual_seed(seed)
+    network = {"name": "residual_mlp", "width": 16, "num_blocks": 1}
+    flow_map = build_network(network, space=data.space, num_classes=10, moments=moments)
+    described = {"name": "digits", **data.space.config(), "num_classes": 10, "class_names": list(data.class_names)}
+    judge = DigitClassifier(num_classes=10, event_shape=(1, 8, 8))
+    save_model(path, flow_map, config={"data": described, "training": {}}, classifier=judge)
+    return str(path)

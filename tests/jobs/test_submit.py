@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def _wait_until_listening(port: int, head: subprocess.Popen[bytes], log: Path) -
     pytest.fail(f"the head's dashboard did not come up:\n{log.read_text()}")
 
 
-def submit(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.train", *TINY, *words]
+def submit(env: dict[str, str], *words: str, job: str = "train") -> subprocess.CompletedProcess[str]:
+    recipe = TINY if job == "train" else []
+    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "-m", f"jobs.{job}", *recipe, *words]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
 
 
@@ -87,6 +89,24 @@ def test_a_submitted_training_leaves_its_model_in_the_storage_it_was_given(
     result = json.loads((tmp_path / "submitted" / "result.json").read_text())
     assert result["status"] == "ok"
     assert (Path(result["artifacts"]["model"]) / "model.safetensors").is_file()
+
+
+def test_a_submitted_deployment_stays_up_after_its_job(
+    client_environment: dict[str, str], tmp_path: Path, tiny_models: dict[str, str]
+) -> None:
+    port = free_port()
+    words = [f"model={tiny_models['tiny']}", "rewards=[symmetry]", f"storage={tmp_path}", f"port={port}"]
+    done = submit(client_environment, *words, job="deploy")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    result = json.loads((tmp_path / "deploy" / "result.json").read_text())
+    assert result["status"] == "ok"
+    endpoint = result["artifacts"]["endpoint"]
+    assert endpoint == f"http://127.0.0.1:{port}"
+    body = json.dumps({"seed": 1, "steering": {"rewards": [{"name": "symmetry"}], "num_steps": 4}}).encode()
+    headers = {"content-type": "application/json"}
+    asked = urllib.request.Request(f"{endpoint}/v1/images/generations", data=body, headers=headers)
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert json.load(answer)["data"][0]["rewards"]["symmetry"] <= 0
 
 
 def test_a_submitted_job_refuses_a_relative_storage_because_its_folder_is_temporary(

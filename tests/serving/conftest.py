@@ -1,46 +1,19 @@
-"""A tiny model on disk, and the endpoint over a backend that computes nothing."""
+"""What is known of the tiny model, and the endpoint over a backend that computes nothing."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from mfm_ray.data.datasets import digits
-from mfm_ray.data.moments import data_moments
-from mfm_ray.networks import build_network
-from mfm_ray.networks.classifier import DigitClassifier
-from mfm_ray.pretrained import save_model
 from serve.generation import Accepted, Event, Finished, Generation, Preview
 from serve.keys import Keys
 from serve.models import ModelCard, read_models
 from serve.resolve import Resolver
 from serve.settings import Limits
-
-
-def save_tiny_model(path: Path, *, seed: int = 0) -> Path:
-    data = digits()
-    train = data.splits["train"].data.flatten(1).double()
-    moments = data_moments(data.space.to_model_space(train)).preconditioning()
-    torch.manual_seed(seed)
-    network = {"name": "residual_mlp", "width": 16, "num_blocks": 1}
-    flow_map = build_network(network, space=data.space, num_classes=10, moments=moments)
-    described = {"name": "digits", **data.space.config(), "num_classes": 10, "class_names": list(data.class_names)}
-    judge = DigitClassifier(num_classes=10, event_shape=(1, 8, 8))
-    save_model(path, flow_map, config={"data": described, "training": {}}, classifier=judge)
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two models by id."""
-    folder = tmp_path_factory.mktemp("models")
-    return {name: str(save_tiny_model(folder / name, seed=seed)) for seed, name in enumerate(("tiny", "other"))}
 
 
 @pytest.fixture(scope="session")

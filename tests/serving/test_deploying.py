@@ -1,5 +1,6 @@
 """What an operator writes: arguments of `build_app`, config.yaml, the words of `make serve` and of jobs.deploy."""
 
+import inspect
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,10 @@ def test_the_shipped_configuration_is_one_that_serve_and_we_can_read(tiny_models
     deployment = read_deployment(str(CONFIG), args={"model": tiny_models})
     assert deployment.address() == ("127.0.0.1", 8000)
     assert build_app(deployment.settings)
+
+
+def test_serve_run_finds_the_type_of_the_arguments():
+    assert inspect.signature(build_app).parameters["args"].annotation is AppSettings
 
 
 def test_lists_may_be_written_with_commas_as_serve_run_passes_them():
