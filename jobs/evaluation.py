@@ -117,7 +117,12 @@ def _values() -> Evaluator:
     )
 
 
-_EVALUATORS: dict[str, Callable[[], Evaluator]] = {"digits": _digits, "gmm": _gmm, "values": _values}
+_EVALUATORS: dict[str, Callable[[], Evaluator]] = {
+    "digits": _digits,
+    "gmm": _gmm,
+    "mnist": _digits,
+    "values": _values,
+}
 
 
 def _values_material(model: Storage, data: Storage | None) -> Any:
@@ -137,14 +142,18 @@ def _values_material(model: Storage, data: Storage | None) -> Any:
 
 def _digit_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:
     """Flow map, judge, training and held-out images."""
-    from jobs.prepare_data import make_dataset
+    from jobs.prepare_data import BUNDLED, make_dataset
     from mfm_ray.data.shards import load_split
+    from mfm_ray.errors import InputError
     from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 
     flow_map, classifier = load_flow_map(model), load_classifier(model)
     if data is not None:
         return flow_map, classifier, load_split(data, "train"), load_split(data, "heldout")
-    splits = make_dataset(read_model_config(model)["data"]["name"]).splits
+    name = read_model_config(model)["data"]["name"]
+    if name not in BUNDLED:
+        raise InputError(f"data_path=null: expected the prepared data of {name} (python -m jobs.prepare_data)")
+    splits = make_dataset(name).splits
     return flow_map, classifier, splits["train"], splits["heldout"]
 
 
