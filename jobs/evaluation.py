@@ -11,6 +11,7 @@ from jobs.contract import JobRun, Outcome
 from jobs.provenance import versions
 from mfm_ray.config import flatten, to_dict
 from mfm_ray.protocols import Protocol
+from mfm_ray.protocols.gmm import GmmProtocol
 from mfm_ray.storage import Storage
 
 REPORT, DATA = "report.html", "data.parquet"
@@ -37,10 +38,15 @@ def evaluator(name: str) -> Evaluator:
     return _EVALUATORS[name]()
 
 
+def needs_model(protocol: Protocol) -> bool:
+    """Whether a protocol is about a model: the mixture's own flow map is steered without one."""
+    return not isinstance(protocol, GmmProtocol) or protocol.needs_model
+
+
 def evaluate_model(
     run: JobRun,
     protocol: Protocol,
-    model: Storage,
+    model: Storage | None,
     data: Storage | None,
     *,
     command: str,
@@ -49,11 +55,13 @@ def evaluate_model(
     facts: Mapping[str, str] | None = None,
     began: float,
 ) -> Outcome:
-    """The outcome of an evaluation. data: shards, None for bundled data; began: time.monotonic() of the job's start."""
+    """The outcome of an evaluation. model: None for a protocol that needs none; data: shards, None for bundled data;
+    began: time.monotonic() of the job's start.
+    """
     from mfm_ray.reporting.provenance import Provenance
 
     how = evaluator(protocol.name)
-    evaluation = how.evaluate(protocol, how.load(model, data), seed=run.seed, log=run.log)
+    evaluation = how.evaluate(protocol, None if model is None else how.load(model, data), seed=run.seed, log=run.log)
     total = time.monotonic() - began
     provenance = Provenance(
         command=command,
@@ -68,10 +76,11 @@ def evaluate_model(
     run.storage.write_bytes(REPORT, how.report(evaluation, provenance).encode())
     run.log("\n".join(["", *how.table(evaluation)]))
     run.log(f"report: {run.storage.uri_of(REPORT)}")
+    used = {} if model is None else {"model": model.uri}
     timing = {} if train_seconds is None else {"train_seconds": train_seconds}
     return Outcome(
         metrics={**timing, "total_seconds": time.monotonic() - began, **evaluation.metrics()},
-        artifacts={"report": run.storage.uri_of(REPORT), "data": run.storage.uri_of(DATA), "model": model.uri},
+        artifacts={"report": run.storage.uri_of(REPORT), "data": run.storage.uri_of(DATA), **used},
     )
 
 

@@ -113,6 +113,7 @@ def test_a_model_is_evaluated_against_prepared_data(run_job, model, shards):
         (["+training.name=x"], "training.name: is decided by the job itself"),
         (["protocol.pool_size=5"], "protocol.best_of"),
         (["data_path=somewhere"], "data_path: belongs to a model"),
+        (["protocol=gmm", "protocol.exact=true", "model=x"], "model: nothing is trained or loaded with protocol.exact"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused_before_anything_starts(words, line):
