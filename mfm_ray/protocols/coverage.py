@@ -23,8 +23,8 @@ class Coverage:
 
     covered: share of the states whose closed-form V_t(x) lies within value +- 2 standard errors; above: share whose
     value lies above that interval, below: beneath it; standard_error, error: root mean squares of what is told and of
-    value - V_t(x), in nats; single: share of the states where one draw carries more than half the weight's square
-    (effective sample size below 2), so that value and error are lower bounds.
+    value - V_t(x), in nats; single: share of the states whose effective sample size is below 2: one draw carries
+    the weight, and value and error are lower bounds.
     """
 
     draws: int

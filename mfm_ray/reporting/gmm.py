@@ -213,7 +213,8 @@ def _coverage(evaluation: GmmEvaluation) -> Iterator[str]:
         "closed form: how often does it lie within two of these errors? An error that tells the truth covers about 95 "
         "percent. With few draws and a stiff reward it does not: where a single draw carries the weight, the spread of "
         "the others says nothing, and both the value and its error are <b>lower bounds</b>. The last two columns tell "
-        "how often that is so, and on which side the closed form then lies."
+        "how often one draw carries it (an effective sample size below 2), and how often the closed form lies above "
+        "the interval."
     )
     yield page.charts(
         [
