@@ -44,6 +44,7 @@ SHORT = (
     "curve_ode_steps=[2]",
     "curve_refine_steps=[1]",
     "official_rewards=[masked]",
+    "official_samples=4",
     "official_draws=[1]",
     "law_rewards=[symmetry]",
     "law_steps=2",
@@ -174,7 +175,7 @@ def test_distances_stand_beside_rewards_with_their_floors(evaluation):
     assert figures["mfm_g_frechet_data"] > 0
     assert figures["mfm_g_frechet_data_floor"] > 0
     assert "mfm_g_frechet_law" not in figures  # no chains where every image has a reward of its own
-    assert 0 <= figures["rewards.class_mixture.mfm_g_2_k2_pmf"] <= 2**0.5
+    assert 0 <= figures["rewards.class_mixture.proportions_mfm_g_2_k2_pmf"] <= 2**0.5
     assert figures["rewards.class_mixture.mfm_g_pmf_floor"] > 0
     assert figures["official_1_nfe"] == 250 * 5
     assert figures["official_1_plain_nfe"] == 250 * 5
@@ -194,18 +195,24 @@ def test_the_curves_are_in_the_parquet_file(evaluation):
     assert len([row for row in law if row["quantity"] == "chain_reward"]) == 40
 
 
+def test_no_two_methods_of_a_study_share_a_key(evaluation):
+    for study in evaluation.studies:
+        keys = [score.method.key for score in study.all_scores]
+        assert len(set(keys)) == len(keys)
+
+
 def test_the_mixture_is_the_paper_s_and_its_floor_that_of_exact_draws(evaluation):
     study = evaluation.study("class_mixture")
     assert study.problem.wanted.tolist() == pytest.approx([0, 0.1, 0, 0.1, 0, 0.2, 0, 0.2, 0, 0.4])
-    assert len(study["mfm_gf_2_k2"].samples) == 8
-    floor = evaluation.judgements["class_mixture"].floor(study["mfm_gf_2_k2"])
+    assert len(study["proportions_mfm_gf_2_k2"].samples) == 8
+    floor = evaluation.judgements["class_mixture"].floor(study["proportions_mfm_gf_2_k2"])
     assert floor.pmf == pytest.approx(metrics.pmf_floor(study.problem.wanted, 8))
     # at as few samples as another method has: the mean over groups
-    groups = study["mfm_gf_2_k2"].classes.split(4)
+    groups = study["proportions_mfm_gf_2_k2"].classes.split(4)
     apart = [(torch.bincount(part, minlength=10) / 4 - study.problem.wanted).norm().item() for part in groups]
     judgement = evaluation.judgements["class_mixture"]
-    assert error_at(study, judgement, "mfm_gf_2_k2", 4) == pytest.approx(sum(apart) / 2)
-    assert error_at(study, judgement, "mfm_gf_2_k2", 9) is None
+    assert error_at(study, judgement, "proportions_mfm_gf_2_k2", 4) == pytest.approx(sum(apart) / 2)
+    assert error_at(study, judgement, "proportions_mfm_gf_2_k2", 9) is None
 
 
 def test_mnist_is_the_same_protocol_on_larger_images_and_counts_of_its_own():
@@ -224,7 +231,7 @@ def test_mnist_is_the_same_protocol_on_larger_images_and_counts_of_its_own():
     assert "protocol mnist" in page_of_it
     assert "The official recipe" not in page_of_it  # nothing of it in these settings
     assert "mixture_pmf" not in done.metrics()
-    assert done.metrics()["rewards.class_mixture.mfm_gf_2_k2_pmf"] >= 0
+    assert done.metrics()["rewards.class_mixture.proportions_mfm_gf_2_k2_pmf"] >= 0
     # half a picture of 28 x 28 pixels: chi^2 of 392 degrees
     assert done.study("masked").problem.exact_reward == (-196.0, 14.0)
 

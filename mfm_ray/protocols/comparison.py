@@ -27,6 +27,7 @@ GRADIENT_FREE = "mfm_gf"
 RESAMPLING = "resampling"
 BASELINE = "dps"
 OFFICIAL = "official"
+PROPORTIONS = "proportions"
 
 
 @dataclass(frozen=True)
@@ -387,7 +388,10 @@ def over_draws(num_draws: Sequence[int], steps: int, resampling_steps: int) -> S
         guided[replace(gradient(draws), key=f"{SINGLE_DRAW}_{draws}")] = partial(GradientGuidance, num_draws=draws)
         guided[free] = partial(GradientFreeGuidance, num_draws=draws)
     few = at_steps(resampling_over_draws(num_draws, resampling_steps), [resampling_steps])
-    return {replace(method, line=""): steering for method, steering in (at_steps(guided, [steps]) | few).items()}
+    return {
+        replace(method, key=f"{PROPORTIONS}_{method.key}", line=""): steering
+        for method, steering in (at_steps(guided, [steps]) | few).items()
+    }
 
 
 def resampling_over_draws(num_draws: Sequence[int], steps: int) -> Steered:

@@ -124,12 +124,14 @@ def judge_study(study: Study, yardstick: Yardstick, law: Law | None) -> Judgemen
 def cheapest_as_good(study: Study, judgement: Judgement, key: str, *, among: Sequence[str]) -> MethodScore | None:
     """The method with the fewest calls among those named whose error is at most that of method `key`.
 
-    Errors at the number of samples that `key` has (`error_at`); methods with fewer are left out.
+    Errors at the number of samples that `key` has (`error_at`); methods with fewer are left out. An error of `key`
+    below the floor of exact samples is chance, so that the floor is then the bar.
     """
     count = len(study[key].features)
-    bar = judgement[key].error
+    bar, floor = judgement[key].error, judgement.floor(study[key])
     if bar is None:
         return None
+    bar = max(bar, (floor.error if floor is not None else None) or 0.0)
     errors = {name: error_at(study, judgement, name, count) for name in among}
     good = [study[name] for name, error in errors.items() if error is not None and error <= bar]
     return min(good, key=lambda score: score.nfe, default=None)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from mfm_ray import metrics
 from mfm_ray.protocols.comparison import SINGLE_DRAW, UNSTEERED, MethodScore, Study, best_of
 from mfm_ray.protocols.digits import MASKED, DigitsEvaluation
 from mfm_ray.protocols.quality import Judgement, Quality, error_at
@@ -75,6 +76,7 @@ def _study(study: Study, evaluation: DigitsEvaluation) -> Iterator[str]:
     yield page.charts(_charts(study, evaluation), _chart_caption(study, evaluation))
     yield _score_table(study, judgement)
     yield page.paragraph(_about_distances(study, judgement))
+    yield from _proportions_table(study, judgement)
     yield from _curves(study, judgement)
 
 
@@ -377,16 +379,45 @@ def _chart_caption(study: Study, evaluation: DigitsEvaluation) -> str:
 
 
 def _mixture_verdict(study: Study, judgement: Judgement, largest: str) -> str:
-    named = {score.method.key: score for score in [*_over_draws(study), study[SINGLE_DRAW], study[largest]]}
-    parts = [
-        f"{text(score.method.label)}: {judgement[key].pmf:.3f} ({score.nfe:,.0f} calls)" for key, score in named.items()
-    ]
-    floor = judgement.floor(study[SINGLE_DRAW])
-    exact = f" Exact draws of the mix, as many: {floor.pmf:.3f}." if floor is not None else ""
+    scores = _over_draws(study) or [study[SINGLE_DRAW]]
+    best = min(scores, key=lambda score: judgement[score.method.key].pmf or 0.0)
+    floor = judgement.floor(best)
+    exact = f"; as many exact draws of the mix: {_or_dash(floor.pmf)}" if floor is not None else ""
+    reached, over = _or_dash(judgement[best.method.key].pmf), _or_dash(judgement[largest].pmf)
     return (
-        f"<b>Distance |p − w| of the classes that come out from those wanted</b>, as the judge reads them: "
-        f"{'; '.join(parts)}.{exact} A high reward alone does not tell."
+        f"<b>The classes of {text(best.method.label)} ({best.nfe:,.0f} calls) are {reached} away from the wanted mix, "
+        f"those of {text(study[largest].method.label)} {over}</b> (length of the difference of the two vectors of shares{exact}). "
+        "A high reward alone does not tell."
     )
+
+
+def _proportions_table(study: Study, judgement: Judgement) -> Iterator[str]:
+    """Distance of the class proportions by method and draws a step, with the calls it takes."""
+    scores = _over_draws(study)
+    if not scores:
+        return
+    draws = sorted({score.method.num_draws or 0 for score in scores})
+    names = {"mfm_g": "MFM-G", "mfm_gf": "MFM-GF", "resampling": "Resampling"}
+    body = []
+    for family, name in names.items():
+        of = {score.method.num_draws: score for score in scores if score.method.family == family}
+        cells = [
+            f"{_or_dash(judgement[of[n].method.key].pmf, 2)} <small>({of[n].nfe:,.0f} calls)</small>" for n in draws
+        ]
+        body.append([f'<span class="dot {family}"></span>{name}', *cells])
+    floor, count = judgement.floor(scores[0]), len(scores[0].features)
+    assert floor is not None
+    said = [
+        f"|p − w| of {count:,} samples each; as many exact draws of the mix have {_or_dash(floor.pmf, 2)} on average."
+    ]
+    if judgement.law is not None and study.problem.wanted is not None:
+        of_law = metrics.pmf_distance(judgement.law.frequencies, study.problem.wanted)
+        said.append(
+            f"The tilted law itself is at {number(of_law, 2)} ({len(judgement.law.rewards):,} chains): the model's own "
+            "classes are not equally frequent, and steering towards the law keeps that."
+        )
+    yield page.paragraph(" ".join(said))
+    yield page.table(["draws a step", *(str(n) for n in draws)], body)
 
 
 def _score_table(study: Study, judgement: Judgement) -> str:
@@ -399,7 +430,7 @@ def _score_table(study: Study, judgement: Judgement) -> str:
     floor = judgement.floor(study[SINGLE_DRAW])
     assert floor is not None
     columns = {name: of for name, of in columns.items() if of(floor) is not None}
-    header = ["method", "mean reward", "its spread", "calls for one image", "judge", *columns]
+    header = ["method", "mean reward", "its spread", "calls", "judge", *columns]
     lines, best = [], []
     for number_of_line, score in enumerate(study.scores):
         if score.method.key == SINGLE_DRAW:
