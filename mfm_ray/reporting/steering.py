@@ -386,7 +386,7 @@ def _mixture_verdict(study: Study, judgement: Judgement, largest: str) -> str:
     reached, over = _or_dash(judgement[best.method.key].pmf), _or_dash(judgement[largest].pmf)
     return (
         f"<b>The classes of {text(best.method.label)} ({best.nfe:,.0f} calls) are {reached} away from the wanted mix, "
-        f"those of {text(study[largest].method.label)} {over}</b> (length of the difference of the two vectors of shares{exact}). "
+        f"those of {text(study[largest].method.label)} {over}</b> (length of the difference of the shares{exact}). "
         "A high reward alone does not tell."
     )
 
