@@ -407,7 +407,7 @@ def official_methods(num_draws: Sequence[int]) -> Steered:
     paper = PRESETS["paper"]
     methods: Steered = {}
     for draws in num_draws:
-        name = f"official recipe, {draws_in_words(draws)}"
+        name = f"official, {draws_in_words(draws)}"
         methods[Method(f"{OFFICIAL}_{draws}", name, "muted", preset="paper")] = partial(
             GradientGuidance, num_draws=draws
         )

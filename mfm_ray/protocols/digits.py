@@ -402,9 +402,8 @@ def _novelty(
     bandwidth = metrics.median_distance(heldout)
     found = {}
     for kind, (label, images) in kinds.items():
-        # equal intervals: rows of several targets or classes stand together
-        chosen = images[torch.linspace(0, len(images) - 1, min(count, len(images)), dtype=torch.float64).round().long()]
-        shown = chosen[:_NOVELTY_SHOWN]
+        chosen = _at_intervals(images, count)
+        shown = _at_intervals(chosen, _NOVELTY_SHOWN)
         found[kind] = Novelty(
             label=label,
             count=len(chosen),
@@ -414,6 +413,11 @@ def _novelty(
             nearest=train[metrics.nearest_neighbours(shown, train).index],
         )
     return found
+
+
+def _at_intervals(images: Tensor, count: int) -> Tensor:
+    """At most `count` images, at equal intervals: those of one target or class stand together."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images)), dtype=torch.float64).round().long()]
 
 
 def _gallery(material: Material, seed: int) -> Gallery:

@@ -35,6 +35,7 @@ COLOURS = {
     "accent": "#161718",
 }
 _POINTS_A_LETTER = 4.7  # of a name at 8.5 points
+_SPREAD = 5.0
 _WIDTH, _HEIGHT = 4.3, 3.1  # inches; a point is 1/72 of one
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -149,7 +150,7 @@ def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | 
     """
     with _drawing() as (figure, axes):
         values = [dot.y for dot in dots] + ([] if reference is None else [reference])
-        is_log = max(values) < 0 and min(values) / max(values) > 8
+        is_log = spans_sizes(values)
         if is_log:
             _log_of_size(axes)
         chain = sorted((dot for dot in dots if dot.family == "best_of_n"), key=lambda dot: dot.x)
@@ -173,6 +174,11 @@ def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | 
         axes.grid(axis="y")
         _label(axes, title, "network and reward calls for one image", "mean reward")
         return _svg(figure, title)
+
+
+def spans_sizes(values: Sequence[float]) -> bool:
+    """Whether values are all negative and spread so far that a log scale of their size shows them better."""
+    return max(values) < 0 and min(values) / max(values) > _SPREAD
 
 
 def confidence_against_reward(dots: Sequence[Dot], *, title: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def _curves(study: Study, judgement: Judgement) -> Iterator[str]:
             title=f"{title}: reward against calls",
             x_label=_CALLS,
             y_label="mean reward",
-            log=_spans(rewards),
+            log=charts.spans_sizes([y for line in rewards for y in line.y]),
             log_x=True,
             reference=_reference(study, judgement),
             wide=True,
@@ -169,12 +169,6 @@ def _lines(study: Study, value: Callable[[MethodScore], float | None]) -> list[c
     return lines
 
 
-def _spans(lines: Sequence[charts.Line]) -> bool:
-    """Whether rewards are all negative and spread over sizes that a log scale shows better."""
-    values = [y for line in lines for y in line.y]
-    return max(values) < 0 and min(values) / max(values) > 8
-
-
 def _at_least(value: float | None, floor: float | None) -> float | None:
     return None if value is None else max(value, floor or 0.0)
 
@@ -196,8 +190,7 @@ def official_section(evaluation: DigitsEvaluation) -> Iterator[str]:
     matches = list(evaluation.official_matches())
     if not matches:
         return
-    header = ["reward", "recipe", "calls", "mean reward", "error", "cheapest of ours as good", "calls", "reward"]
-    header += ["error", "share of the calls"]
+    header = ["", "recipe", "calls", "reward", "error", "ours", "calls", "reward", "error", "share"]
     body = []
     for study, score, match in matches:
         judgement = evaluation.judgements[study.problem.name]
@@ -275,7 +268,11 @@ def _charts(study: Study, evaluation: DigitsEvaluation) -> list[str]:
         reference=_reference(study, evaluation.judgements[study.problem.name]),
     )
     if study.problem.wanted is not None:
-        return [first, _class_chart(study, study.problem.wanted), *_draws_charts(study, evaluation)]
+        return [
+            first,
+            _class_chart(study, study.problem.wanted, evaluation.judgements[study.problem.name]),
+            *_draws_charts(study, evaluation),
+        ]
     shown = [score for score in study.scores if score.method.key != best_of(1).key]
     second = charts.confidence_against_reward(
         [_dot(score, score.reward, float(score.confidence.mean())) for score in shown], title="Is it still a digit?"
@@ -283,9 +280,12 @@ def _charts(study: Study, evaluation: DigitsEvaluation) -> list[str]:
     return [first, second]
 
 
-def _class_chart(study: Study, wanted: Tensor) -> str:
-    """Class frequencies of some methods over those that are wanted."""
-    named = [study[SINGLE_DRAW], *_most_draws(study)]
+def _class_chart(study: Study, wanted: Tensor, judgement: Judgement) -> str:
+    """Class frequencies over those that are wanted, of each steered family the method that comes nearest to them."""
+    named = []
+    for family in ("mfm_g", "mfm_gf"):
+        of = [score for score in study.all_scores if score.method.family == family]
+        named.append(min(of, key=lambda score: judgement[score.method.key].pmf or 0.0))
     named.append(max((s for s in study.scores if s.method.family == "best_of_n"), key=lambda s: s.nfe))
     series = [("wanted", "ink", wanted.tolist())]
     series += [(score.method.label, score.method.family, score.frequencies.tolist()) for score in named]
@@ -296,12 +296,6 @@ def _class_chart(study: Study, wanted: Tensor) -> str:
 def _over_draws(study: Study) -> list[MethodScore]:
     """The methods that were compared at several numbers of draws."""
     return [score for score in study.further if score.method.num_draws is not None and not score.method.line]
-
-
-def _most_draws(study: Study) -> list[MethodScore]:
-    """Of MFM-GF the one with most draws."""
-    free = [score for score in study.all_scores if score.method.family == "mfm_gf"]
-    return [max(free, key=lambda score: (score.method.num_draws or 0, -score.nfe))]
 
 
 def _draws_charts(study: Study, evaluation: DigitsEvaluation) -> Iterator[str]:
