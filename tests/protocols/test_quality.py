@@ -95,8 +95,13 @@ def test_the_cheapest_as_good_has_no_larger_error(judged):
     match = cheapest_as_good(study, judgement, "dps_k5", among=keys)
     assert match.nfe == min(study[key].nfe for key in keys if judgement[key].error <= judgement["dps_k5"].error)
     assert cheapest_as_good(study, judgement, "unsteered", among=keys) is None  # of 400 samples, fewer than the pool
+    # below the floor an error is chance: whoever is at the floor is as good, and nobody else
     best = min(keys, key=lambda key: judgement[key].error)
-    assert cheapest_as_good(study, judgement, best, among=[key for key in keys if key != best]) is None
+    floor = judgement.floor(study[best]).error
+    assert judgement[best].error < floor
+    assert judgement[cheapest_as_good(study, judgement, best, among=keys).method.key].error <= floor
+    above = [key for key in keys if judgement[key].error > floor]
+    assert cheapest_as_good(study, judgement, best, among=above) is None
 
 
 def test_half_chi_square_has_its_moments():
