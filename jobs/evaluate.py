@@ -14,12 +14,15 @@ from mfm_ray.storage import Storage
 
 def check(config: EvaluateConfig) -> None:
     """The protocol's settings fit together, and model and data are there and whole."""
-    from jobs.evaluation import evaluator
+    from jobs.evaluation import evaluator, needs_model
     from jobs.recipe import training_config
     from jobs.train import check as check_training
     from mfm_ray.protocols import build_protocol
 
     protocol = build_protocol(config.protocol)
+    if not needs_model(protocol):
+        _check_nothing_trained(config)
+        return
     if config.model is None:
         if config.data_path is not None:
             raise InputError(
@@ -35,14 +38,23 @@ def check(config: EvaluateConfig) -> None:
     evaluator(protocol.name).load(Storage(config.model), data)
 
 
+def _check_nothing_trained(config: EvaluateConfig) -> None:
+    """For a protocol without a model: no settings of one."""
+    for key in ("model", "data_path", "training"):
+        if getattr(config, key):
+            raise InputError(f"{key}: nothing is trained or loaded with protocol.exact=true; leave one of them out")
+
+
 def body(run: JobRun) -> Outcome:
-    from jobs.evaluation import command_line, evaluate_model
+    from jobs.evaluation import command_line, evaluate_model, needs_model
     from jobs.recipe import model_of_recipe, training_config
     from mfm_ray.protocols import build_protocol
 
     began = time.monotonic()
     config: EvaluateConfig = run.config
     protocol, command = build_protocol(config.protocol), command_line("evaluate")
+    if not needs_model(protocol):
+        return evaluate_model(run, protocol, None, None, command=command, began=began)
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
         return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)

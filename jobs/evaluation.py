@@ -11,6 +11,7 @@ from jobs.contract import JobRun, Outcome
 from jobs.provenance import versions
 from mfm_ray.config import flatten, to_dict
 from mfm_ray.protocols import Protocol
+from mfm_ray.protocols.gmm import GmmProtocol
 from mfm_ray.storage import Storage
 
 REPORT, DATA = "report.html", "data.parquet"
@@ -37,10 +38,15 @@ def evaluator(name: str) -> Evaluator:
     return _EVALUATORS[name]()
 
 
+def needs_model(protocol: Protocol) -> bool:
+    """Whether a protocol is about a model: the mixture's own flow map is steered without one."""
+    return not isinstance(protocol, GmmProtocol) or protocol.needs_model
+
+
 def evaluate_model(
     run: JobRun,
     protocol: Protocol,
-    model: Storage,
+    model: Storage | None,
     data: Storage | None,
     *,
     command: str,
@@ -49,11 +55,13 @@ def evaluate_model(
     facts: Mapping[str, str] | None = None,
     began: float,
 ) -> Outcome:
-    """The outcome of an evaluation. data: shards, None for bundled data; began: time.monotonic() of the job's start."""
+    """The outcome of an evaluation. model: None for a protocol that needs none; data: shards, None for bundled data;
+    began: time.monotonic() of the job's start.
+    """
     from mfm_ray.reporting.provenance import Provenance
 
     how = evaluator(protocol.name)
-    evaluation = how.evaluate(protocol, how.load(model, data), seed=run.seed, log=run.log)
+    evaluation = how.evaluate(protocol, None if model is None else how.load(model, data), seed=run.seed, log=run.log)
     total = time.monotonic() - began
     provenance = Provenance(
         command=command,
@@ -68,10 +76,11 @@ def evaluate_model(
     run.storage.write_bytes(REPORT, how.report(evaluation, provenance).encode())
     run.log("\n".join(["", *how.table(evaluation)]))
     run.log(f"report: {run.storage.uri_of(REPORT)}")
+    used = {} if model is None else {"model": model.uri}
     timing = {} if train_seconds is None else {"train_seconds": train_seconds}
     return Outcome(
         metrics={**timing, "total_seconds": time.monotonic() - began, **evaluation.metrics()},
-        artifacts={"report": run.storage.uri_of(REPORT), "data": run.storage.uri_of(DATA), "model": model.uri},
+        artifacts={"report": run.storage.uri_of(REPORT), "data": run.storage.uri_of(DATA), **used},
     )
 
 
@@ -117,7 +126,12 @@ def _values() -> Evaluator:
     )
 
 
-_EVALUATORS: dict[str, Callable[[], Evaluator]] = {"digits": _digits, "gmm": _gmm, "values": _values}
+_EVALUATORS: dict[str, Callable[[], Evaluator]] = {
+    "digits": _digits,
+    "gmm": _gmm,
+    "mnist": _digits,
+    "values": _values,
+}
 
 
 def _values_material(model: Storage, data: Storage | None) -> Any:
@@ -137,14 +151,18 @@ def _values_material(model: Storage, data: Storage | None) -> Any:
 
 def _digit_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, Any]:
     """Flow map, judge, training and held-out images."""
-    from jobs.prepare_data import make_dataset
+    from jobs.prepare_data import BUNDLED, make_dataset
     from mfm_ray.data.shards import load_split
+    from mfm_ray.errors import InputError
     from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 
     flow_map, classifier = load_flow_map(model), load_classifier(model)
     if data is not None:
         return flow_map, classifier, load_split(data, "train"), load_split(data, "heldout")
-    splits = make_dataset(read_model_config(model)["data"]["name"]).splits
+    name = read_model_config(model)["data"]["name"]
+    if name not in BUNDLED:
+        raise InputError(f"data_path=null: expected the prepared data of {name} (python -m jobs.prepare_data)")
+    splits = make_dataset(name).splits
     return flow_map, classifier, splits["train"], splits["heldout"]
 
 

@@ -322,3 +322,56 @@ def test_memorisation_tells_copies_from_new_samples():
     line = torch.arange(3.0)[:, None] * 10
     medians = metrics.memorisation(line + torch.tensor([[1.0], [2.0], [4.0]]), line[:2] + 2, line)
     assert (medians.samples, medians.heldout, medians.ratio) == (2, 2, 1)
+
+
+def test_frechet_distance_with_weights_is_that_of_the_repeated_rows_up_to_the_divisor():
+    rows, other = normal(40, 3, 0), normal(60, 3, 1)
+    assert metrics.frechet_distance(rows, other, weights=torch.ones(40)) == pytest.approx(
+        metrics.frechet_distance(rows, other), rel=1e-9
+    )
+    # the mean alone: equal covariances, one set moved to the weighted mean of two clusters
+    clusters = torch.tensor([[0.0], [4.0]])
+    apart = metrics.frechet_distance(clusters, torch.tensor([[3.0], [3.0]]), weights=torch.tensor([0.25, 0.75]))
+    assert apart == pytest.approx(0.25 * 0.75 * 16 / (1 - 0.25**2 - 0.75**2))  # the mean is 3; what is left is spread
+
+
+def test_frechet_distance_of_a_law_to_itself_by_importance_weights_vanishes_in_the_limit():
+    base, tilted = normal(40000, 2, 0), normal(40000, 2, 1)
+    tilted[:, 0] += 0.5
+    weights = metrics.tilting_weights(0.5 * base[:, 0])  # exp(a x) moves a standard normal by a
+    assert metrics.frechet_distance(base, tilted, weights=weights) < 2e-3
+    assert metrics.frechet_distance(base, tilted) == pytest.approx(0.25, abs=0.03)
+    with pytest.raises(ValueError, match="not all on one"):
+        metrics.frechet_distance(base[:2], tilted, weights=torch.tensor([1.0, 0.0]))
+
+
+def test_weighted_mmd_is_the_plain_one_for_equal_weights_and_sees_through_importance_weights():
+    base, tilted = normal(1500, 2, 2), normal(1500, 2, 3)
+    tilted[:, 0] += 0.7
+    weights = torch.stack([torch.ones(1500), metrics.tilting_weights(0.7 * base[:, 0])])
+    plain, tilting = metrics.weighted_squared_mmd(base, weights, tilted).tolist()
+    assert plain == pytest.approx(metrics.squared_mmd(base, tilted), rel=1e-9)
+    assert plain > 0.02
+    assert abs(tilting) < 0.05 * plain
+    with pytest.raises(ValueError, match="all weight on one"):
+        metrics.weighted_squared_mmd(base[:2], torch.tensor([[1.0, 0.0]]), tilted)
+    with pytest.raises(ValueError, match=r"\(W, N\)"):
+        metrics.weighted_squared_mmd(base[:2], torch.ones(2), tilted)
+
+
+def test_wasserstein_1_of_numbers_is_the_area_between_their_distributions():
+    a, b = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([5.0, 6.0, 8.0])
+    assert metrics.wasserstein_1(a, b) == pytest.approx(5.0)
+    assert metrics.wasserstein_1(a, a.flip(0)) == 0
+    assert metrics.wasserstein_1(torch.tensor([0.0, 1.0]), torch.tensor([1.0])) == pytest.approx(0.5)
+    assert metrics.wasserstein_1(a, a[[0, 0, 1, 2]], weights=torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(0)
+    with pytest.raises(ValueError, match="all finite"):
+        metrics.wasserstein_1(a, torch.tensor([torch.inf]))
+
+
+def test_the_floor_of_a_pmf_is_the_root_of_its_variance_in_the_limit():
+    wanted = torch.tensor([0.0, 1, 0, 1, 0, 2, 0, 2, 0, 4]) / 10
+    for count in (100, 1024):
+        scale = math.sqrt((1 - float(wanted.square().sum())) / count)
+        assert 0.85 * scale < metrics.pmf_floor(wanted, count) < scale  # Jensen
+    assert metrics.pmf_floor(torch.tensor([1.0, 0.0]), 10) == pytest.approx(0, abs=1e-12)

@@ -9,6 +9,7 @@ from mfm_ray.metrics.classes import (
     class_probabilities,
     classifier_features,
     pmf_distance,
+    pmf_floor,
     total_variation,
 )
 from mfm_ray.metrics.correlation import Correlation, pearson
@@ -19,6 +20,8 @@ from mfm_ray.metrics.distances import (
     rbf_bandwidths,
     sliced_w2,
     squared_mmd,
+    wasserstein_1,
+    weighted_squared_mmd,
 )
 from mfm_ray.metrics.diversity import mean_pairwise_distance, vendi_score
 from mfm_ray.metrics.intervals import Mean, OverFloor, distance_floor, mean_with_interval, over_floor
@@ -55,11 +58,14 @@ __all__ = [
     "over_floor",
     "pearson",
     "pmf_distance",
+    "pmf_floor",
     "rbf_bandwidths",
     "sliced_w2",
     "squared_mmd",
     "tilting_weights",
     "total_variation",
     "vendi_score",
+    "wasserstein_1",
     "weighted_moments",
+    "weighted_squared_mmd",
 ]

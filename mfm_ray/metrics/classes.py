@@ -56,6 +56,25 @@ def pmf_distance(frequencies: Tensor, wanted: Tensor) -> float:
     return float((p - q).norm())
 
 
+def pmf_floor(wanted: Tensor, count: int, *, repeats: int = 4000, seed: int = 0) -> float:
+    """Mean `pmf_distance` of `count` exact multinomial draws of a PMF (num_classes,) from it.
+
+    The square has mean (1 - |w|^2) / count; the mean itself, over `repeats` sets, is a little below its root.
+    """
+    if count < 1 or repeats < 1:
+        raise ValueError(f"pmf_floor: count={count}, repeats={repeats}, expected at least 1")
+    p = wanted.double() / wanted.double().sum()
+    generator = torch.Generator().manual_seed(seed)
+    total, done = 0.0, 0
+    while done < repeats:
+        sets = min(repeats - done, max(1, _ROWS_AT_ONCE * 64 // count))
+        drawn = torch.multinomial(p, sets * count, replacement=True, generator=generator).reshape(sets, count)
+        shares = torch.zeros(sets, len(p), dtype=torch.float64)
+        shares.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=torch.float64))
+        total, done = total + float((shares - p).norm(dim=1).sum()), done + sets
+    return total / repeats
+
+
 def classifier_features(classifier: DigitClassifier, images: Tensor) -> Tensor:
     """Activations before the last layer, (N, 64) float32 from images (N, C, H, W) in data units.
 

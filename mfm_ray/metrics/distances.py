@@ -84,7 +84,58 @@ def squared_mmd(samples: Tensor, reference: Tensor, *, bandwidths: Sequence[floa
     return own[0] + own[1] - 2 * across / (len(x) * len(y))
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def weighted_squared_mmd(
+    samples: Tensor, weights: Tensor, reference: Tensor, *, bandwidths: Sequence[float] | None = None
+) -> Tensor:
+    """`squared_mmd` of weighted samples, for several laws on the same samples at once: (W,) from weights (W, N),
+
+        sum_{i != j} w_i w_j k(x_i, x_j) / (1 - sum_i w_i^2) + (reference alone) - 2 sum_ij w_i k(x_i, y_j) / M.
+
+    Equal weights give `squared_mmd` exactly. samples: (N, *event), reference: (M, *event), at least two rows each;
+    weights at least 0, normalised here. Unbiased for weights that are independent of where their samples lie;
+    noisy as soon as few samples carry the weight. ValueError for other shapes, and where one sample has it all.
+    """
+    x, y = (rows_of(set_, "weighted_squared_mmd", at_least=2) for set_ in (samples, reference))
+    if x.shape[1] != y.shape[1] or weights.dim() != 2 or weights.shape[1] != len(x) or not bool((weights >= 0).all()):
+        raise ValueError(
+            f"weighted_squared_mmd: samples {tuple(x.shape)}, reference {tuple(y.shape)} and weights "
+            f"{tuple(weights.shape)}, expected (N, D), (M, D) and (W, N) of at least 0"
+        )
+    share = weights.double() / weights.double().sum(1, keepdim=True)
+    others = 1 - share.square().sum(1)
+    if not bool((others > 0).all()):
+        raise ValueError("weighted_squared_mmd: all weight on one sample, expected it on two or more")
+    scales = rbf_bandwidths(reference) if bandwidths is None else [float(h) for h in bandwidths]
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
+    own, across = torch.zeros(len(share), dtype=torch.float64), torch.zeros(len(share), dtype=torch.float64)
+    for start in range(0, len(x), _KERNEL_ROWS):
+        part = slice(start, start + _KERNEL_ROWS)
+        rows = torch.arange(len(x))[part]
+        kernel = _kernel(squared_distances(x[part], x), scales)
+        kernel[rows - start, rows] = 0.0
+        own += ((share[:, part] @ kernel) * share).sum(1)
+        across += share[:, part] @ _kernel(squared_distances(x[part], y), scales).mean(1)
+    return own / others + _sum_over_pairs(y, scales) / (len(y) * (len(y) - 1)) - 2 * across
+
+
+def wasserstein_1(values: Tensor, reference: Tensor, *, weights: Tensor | None = None) -> float:
+    """1-Wasserstein distance of two laws of numbers, the integral of |F_a - F_b|, in the units of the values.
+
+    values: (N,), with weights (N,) of at least 0 (equal ones when left out, normalised here); reference: (M,), equally
+    likely. Exact for the two finite laws; two samples of n from one law are apart by about their deviation / sqrt(n).
+    """
+    a, b = values.double().flatten(), reference.double().flatten()
+    if len(a) == 0 or len(b) == 0 or not bool(torch.cat([a, b]).isfinite().all()):
+        raise ValueError(f"wasserstein_1: {len(a)} and {len(b)} values, expected at least one each, all finite")
+    share = torch.full_like(a, 1 / len(a)) if weights is None else weights.double() / weights.double().sum()
+    order = torch.cat([a, b]).argsort(stable=True)
+    gap = torch.cat([share, torch.full_like(b, -1 / len(b))])[order].cumsum(0)
+    places = torch.cat([a, b])[order]
+    return float((gap[:-1].abs() * places.diff()).sum())
+
+
+def frechet_distance(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> float:
     """Fréchet distance of the Gaussians with the moments of two sets of features,
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2}),
@@ -92,15 +143,30 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     which is their squared 2-Wasserstein distance (the form known as FID, there with Inception's features). a: (N, D),
     b: (M, D), at least two rows each; covariances over N - 1, so singular for N <= D, which is fine. Finite sets of
     the same law are about 1/N apart: compare sets of equal size, and with `distance_floor`. float64; at least 0.
+
+    weights: (N,) of at least 0, of the rows of a; its covariance is then over 1 - sum w^2 (of weights that sum to 1).
     """
     x, y = (rows_of(set_, "frechet_distance", at_least=2) for set_ in (a, b))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"frechet_distance: rows of {x.shape[1]} and {y.shape[1]} features, expected the same")
-    shift = (x.mean(0) - y.mean(0)).square().sum()
-    covariance_x, covariance_y = (torch.cov(set_.T).reshape(x.shape[1], x.shape[1]) for set_ in (x, y))
+    (mean_x, covariance_x), (mean_y, covariance_y) = _moments(x, weights), _moments(y, None)
+    shift = (mean_x - mean_y).square().sum()
     # the singular values of S_a^{1/2} S_b^{1/2} are the eigenvalues of the last root, with no square root of rounding
     cross = torch.linalg.svdvals(_symmetric_root(covariance_x) @ _symmetric_root(covariance_y)).sum()
     return max(0.0, float(shift + covariance_x.trace() + covariance_y.trace() - 2 * cross))
+
+
+def _moments(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of rows (N, D)."""
+    if weights is None:
+        return rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+    share = weights.double() / weights.double().sum()
+    others = float(1 - share.square().sum())
+    if len(share) != len(rows) or bool((share < 0).any()) or not others > 0:
+        raise ValueError(f"weights: {len(share)} for {len(rows)} rows, expected one each, at least 0, not all on one")
+    mean = share @ rows
+    centred = rows - mean
+    return mean, (centred * share.unsqueeze(1)).T @ centred / others
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
@@ -116,6 +182,14 @@ def _sum_over_pairs(rows: Tensor, scales: Sequence[float]) -> float:
         below = torch.ones_like(block, dtype=torch.bool).tril_()
         total += 2 * _kernel_sum(block.masked_fill_(below, math.inf), scales)
     return total
+
+
+def _kernel(squared: Tensor, scales: Sequence[float]) -> Tensor:
+    """Kernel of squared distances, of the same shape."""
+    total = torch.zeros_like(squared)
+    for h in scales:
+        total += torch.exp(squared * (-0.5 / h**2))
+    return total / len(scales)
 
 
 def _kernel_sum(squared: Tensor, scales: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ Protocol = DigitsProtocol | GmmProtocol | ValuesProtocol
 PROTOCOLS: dict[str, type[Protocol]] = {
     "digits": DigitsProtocol,
     "gmm": GmmProtocol,
+    "mnist": DigitsProtocol,
     "values": ValuesProtocol,
 }
 

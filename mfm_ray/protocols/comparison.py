@@ -10,47 +10,74 @@ import torch
 from torch import Tensor
 
 from mfm_ray import metrics
+from mfm_ray.dynamics import Grid
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.padding import ROW_MULTIPLE
-from mfm_ray.samplers import Samples, sample
+from mfm_ray.presets import PRESETS
+from mfm_ray.samplers import Samples, refine, sample
 from mfm_ray.steering import DPS, GradientFreeGuidance, GradientGuidance, PosteriorResampling, Reward, Steering, score
 
 Judge = Callable[[Tensor], Tensor]
-"""Logits (N, num_classes) from images (N, *event) in data units."""
+"""Logits (N, num_classes) from images (N, *event) in data units; with `features`, what distances are taken in."""
 
 UNSTEERED = "unsteered"
 SINGLE_DRAW = "mfm_g"
 GRADIENT_FREE = "mfm_gf"
 RESAMPLING = "resampling"
 BASELINE = "dps"
+OFFICIAL = "official"
+PROPORTIONS = "proportions"
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to get a sample. `key` names its metrics, `family` its colour (`reporting.charts.COLOURS`).
 
-    num_steps: of its own, where it does not make the steps of all others.
+    num_steps, dynamics, grid, preset: of its own, where it does not take those of all others.
+    line: the curve on which it is a point. num_draws: posterior draws a step, where it has a choice.
     """
 
     key: str
     label: str
     family: str
     num_steps: int | None = None
+    dynamics: str | None = None
+    grid: Grid | None = None
+    preset: str | None = None
+    line: str = ""
+    num_draws: int | None = None
 
 
-def best_of(n: int) -> Method:
-    return Method(f"best_of_{n}", f"Best-of-{n:,}", "best_of_n")
+def best_of(n: int, recipe: PoolRecipe | None = None) -> Method:
+    """The plain `best_of_n` is over the pool that all problems share."""
+    if recipe is None:
+        return Method(f"best_of_{n}", f"Best-of-{n:,}", "best_of_n")
+    label = f"Best-of-N, {recipe.label}"
+    return Method(f"{recipe.key}_best_of_{n}", f"Best-of-{n:,}, {recipe.label}", "best_of_n", line=label)
 
 
 def gradient(num_draws: int) -> Method:
     """MFM-G; the one with a single draw a step is the plain `mfm_g`."""
-    if num_draws == 1:
-        return Method(SINGLE_DRAW, "MFM-G, 1 draw", "mfm_g")
-    return Method(f"mfm_g_{num_draws}", f"MFM-G, {num_draws} draws", "mfm_g")
+    key = SINGLE_DRAW if num_draws == 1 else f"{SINGLE_DRAW}_{num_draws}"
+    label = f"MFM-G, {draws_in_words(num_draws)}"
+    return Method(key, label, "mfm_g", line=label, num_draws=num_draws)
 
 
 def gradient_free(num_draws: int) -> Method:
-    return Method(GRADIENT_FREE, f"MFM-GF, {num_draws} draws", "mfm_gf")
+    """MFM-GF; a comparison has one of them."""
+    label = f"MFM-GF, {draws_in_words(num_draws)}"
+    return Method(GRADIENT_FREE, label, "mfm_gf", line=label, num_draws=num_draws)
+
+
+def resampling(num_draws: int, steps: int) -> Method:
+    """Posterior resampling, whose curve is over draws: it needs few steps."""
+    label = f"Resampling, {draws_in_words(num_draws)}"
+    return Method(RESAMPLING, label, "resampling", steps, line=f"Resampling, {steps} steps", num_draws=num_draws)
+
+
+def draws_in_words(count: int) -> str:
+    return f"{count} draw{'s' if count > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +93,8 @@ class Target:
 class Problem:
     """A reward with one or more targets; methods are compared over all of them.
 
-    exact_reward: mean and deviation of the reward under the exact tilted law, where they are known.
+    exact_reward: mean and deviation of the reward under the exact tilted law, where they are known; exact_rewards:
+    equally likely values of it (Q,). wanted: class frequencies (C,) that are the goal, where they are.
     """
 
     name: str
@@ -74,14 +102,36 @@ class Problem:
     explanation: str
     targets: tuple[Target, ...]
     exact_reward: tuple[float, float] | None = None
+    exact_rewards: Tensor | None = None
+    wanted: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PoolRecipe:
+    """How unsteered samples are made: `num_steps` of the ODE, or of refinement by the map."""
+
+    num_steps: int
+    refined: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{'refine' if self.refined else 'ode'}_{self.num_steps}"
+
+    @property
+    def label(self) -> str:
+        return f"{steps_in_words(self.num_steps)}{'' if self.refined else ' (ODE)'}"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Unsteered samples for all problems. images: (M, *event) in data units; probabilities: (M, C) of the judge."""
+    """Unsteered samples for all problems.
+
+    images: (M, *event) in data units; probabilities: (M, C) of the judge, features: (M, F) of it.
+    """
 
     images: Tensor
     probabilities: Tensor
+    features: Tensor
     nfe: float
 
     def __len__(self) -> int:
@@ -94,7 +144,9 @@ class MethodScore:
 
     nfe: network and reward calls for one returned image, backward passes counted. reward_mean, reward_std,
     confidence: (T,) float64 over its samples. frequencies: (C,) of the judge's classes over all targets.
-    images: (T, S, *event), some of the samples, with their image_rewards (T, S).
+    images: (T, S, *event), some of the samples, with their image_rewards (T, S). rewards: (T, m) of all samples and
+    samples (n, *event), their features (n, F) and classes (n,); a pool's are shared by all targets, and have weights
+    (T, m).
     """
 
     method: Method
@@ -105,6 +157,18 @@ class MethodScore:
     frequencies: Tensor
     images: Tensor
     image_rewards: Tensor
+    rewards: Tensor
+    samples: Tensor
+    features: Tensor
+    classes: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def count(self) -> float:
+        """Samples behind the figures of the law; the effective number of a weighted pool."""
+        if self.weights is None:
+            return float(len(self.features))
+        return float(metrics.effective_sample_size(self.weights.mean(0)))
 
     @property
     def reward(self) -> float:
@@ -128,14 +192,22 @@ class TiltedLaw:
 
 @dataclass(frozen=True)
 class Study:
-    """All methods on one problem, in the order in which they are shown; the tilted law where the pool reaches it."""
+    """All methods on one problem, in the order in which they are shown; the tilted law where the pool reaches it.
+
+    further: scores beside the comparison's own, such as points of curves and the official recipe.
+    """
 
     problem: Problem
     scores: tuple[MethodScore, ...]
     tilted: TiltedLaw
+    further: tuple[MethodScore, ...] = ()
 
     def __getitem__(self, key: str) -> MethodScore:
-        return next(score for score in self.scores if score.method.key == key)
+        return next(score for score in self.all_scores if score.method.key == key)
+
+    @property
+    def all_scores(self) -> tuple[MethodScore, ...]:
+        return (*self.scores, *self.further)
 
     def class_distance(self, key: str) -> float:
         """Total variation between a method's class frequencies and those of the tilted law, 0 to 1."""
@@ -166,21 +238,40 @@ def make_pool(
     size: int,
     num_steps: int,
     seed: int,
+    refined: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pool:
-    drawn = sample(flow_map, num_samples=size, num_steps=num_steps, seed=seed, batch_size=1000, progress=progress)
-    return Pool(drawn.images, metrics.class_probabilities(judge, drawn.images), drawn.nfe)
+    """Unsteered samples by the ODE, or by refinement steps of the map itself."""
+    if refined:
+        images, nfe = refine(flow_map, num_samples=size, num_steps=num_steps, seed=seed), float(num_steps)
+    else:
+        drawn = sample(flow_map, num_samples=size, num_steps=num_steps, seed=seed, batch_size=1000, progress=progress)
+        images, nfe = drawn.images, drawn.nfe
+    return Pool(images, metrics.class_probabilities(judge, images), judge_features(judge, images), nfe)
 
 
-def score_best_of(problem: Problem, pool: Pool, n: int, *, shown: int) -> MethodScore:
-    """Best-of-n as the exact average over all groups of the pool; the pictures are winners of disjoint groups."""
-    rewards = pool_rewards(problem, pool)
+def judge_features(judge: Judge, images: Tensor) -> Tensor:
+    """Features (N, F) of the judge; its logits where it has none."""
+    if isinstance(judge, DigitClassifier):
+        return metrics.classifier_features(judge, images)
+    with torch.no_grad():
+        return judge(images)
+
+
+def score_best_of(
+    problem: Problem, pool: Pool, n: int, *, shown: int, method: Method | None = None, rewards: Tensor | None = None
+) -> MethodScore:
+    """Best-of-n as the exact average over all groups of the pool; the pictures are winners of disjoint groups.
+
+    rewards: those of the pool (T, M), where they are known already.
+    """
+    rewards = pool_rewards(problem, pool) if rewards is None else rewards
     chance = metrics.best_of_n_probabilities(rewards, n)
     moments = metrics.weighted_moments(rewards, chance)
     winners = _winners(rewards, n, shown)
     confidence = metrics.class_confidence(pool.probabilities).double()
     return MethodScore(
-        method=best_of(n),
+        method=method or best_of(n),
         nfe=n * (pool.nfe + 1),
         reward_mean=moments.mean,
         reward_std=moments.std,
@@ -188,6 +279,11 @@ def score_best_of(problem: Problem, pool: Pool, n: int, *, shown: int) -> Method
         frequencies=metrics.class_frequencies(pool.probabilities, chance.mean(0)),
         images=pool.images[winners],
         image_rewards=rewards.gather(1, winners),
+        rewards=rewards,
+        samples=pool.images,
+        features=pool.features,
+        classes=pool.probabilities.argmax(1),
+        weights=chance,
     )
 
 
@@ -220,8 +316,10 @@ def score_steered(
         flow_map,
         num_samples=rows,
         steering=steering(reward),
-        num_steps=method.num_steps or num_steps,
-        dynamics=dynamics,
+        num_steps=steps_of(method, num_steps),
+        dynamics=None if method.preset else method.dynamics or dynamics,
+        preset=method.preset,
+        grid=method.grid,
         seed=seed,
         batch_size=rows,
     )
@@ -246,18 +344,83 @@ def pool_rewards(problem: Problem, pool: Pool) -> Tensor:
         return torch.stack([score(target.reward, pool.images) for target in problem.targets])
 
 
+def steps_of(method: Method, default: int) -> int:
+    """Steps that a method makes where all others make `default`."""
+    if method.preset is not None:
+        return method.num_steps or PRESETS[method.preset].num_steps
+    return method.num_steps or default
+
+
+Steered = dict[Method, Callable[[Reward], Steering]]
+"""Methods of a comparison with what makes them from a reward."""
+
+
 def steered_methods(
     num_draws: Sequence[int], num_draws_gradient_free: int, *, num_draws_resampling: int, resampling_steps: int
-) -> dict[Method, Callable[[Reward], Steering]]:
+) -> Steered:
     """The steered methods of a comparison: MFM-G, MFM-GF, posterior resampling in few steps, and the baseline DPS."""
-    steered: dict[Method, Callable[[Reward], Steering]] = {
-        gradient(draws): partial(GradientGuidance, num_draws=draws) for draws in num_draws
-    }
+    steered: Steered = {gradient(draws): partial(GradientGuidance, num_draws=draws) for draws in num_draws}
     steered[gradient_free(num_draws_gradient_free)] = partial(GradientFreeGuidance, num_draws=num_draws_gradient_free)
-    resampling = Method(RESAMPLING, f"Resampling, {num_draws_resampling} draws", "resampling", resampling_steps)
-    steered[resampling] = partial(PosteriorResampling, num_draws=num_draws_resampling)
-    steered[Method(BASELINE, "DPS", "muted")] = DPS
+    few_steps = resampling(num_draws_resampling, resampling_steps)
+    steered[few_steps] = partial(PosteriorResampling, num_draws=num_draws_resampling)
+    steered[Method(BASELINE, "DPS", "muted", line="DPS")] = DPS
     return steered
+
+
+def at_steps(steered: Steered, step_counts: Sequence[int]) -> Steered:
+    """Each of the methods with each number of steps."""
+    return {
+        replace(method, key=f"{method.key}_k{k}", label=f"{method.label}, {steps_in_words(k)}", num_steps=k): steering
+        for method, steering in steered.items()
+        for k in step_counts
+    }
+
+
+def steps_in_words(count: int) -> str:
+    return f"{count} step{'s' if count > 1 else ''}"
+
+
+def over_draws(num_draws: Sequence[int], steps: int, resampling_steps: int) -> Steered:
+    """MFM-G and MFM-GF of `steps` steps, and resampling of its own, by number of draws: on no curve over calls."""
+    guided: Steered = {}
+    for draws in num_draws:
+        free = replace(gradient_free(draws), key=f"{GRADIENT_FREE}_{draws}")
+        guided[replace(gradient(draws), key=f"{SINGLE_DRAW}_{draws}")] = partial(GradientGuidance, num_draws=draws)
+        guided[free] = partial(GradientFreeGuidance, num_draws=draws)
+    few = at_steps(resampling_over_draws(num_draws, resampling_steps), [resampling_steps])
+    return {
+        replace(method, key=f"{PROPORTIONS}_{method.key}", line=""): steering
+        for method, steering in (at_steps(guided, [steps]) | few).items()
+    }
+
+
+def resampling_over_draws(num_draws: Sequence[int], steps: int) -> Steered:
+    """Posterior resampling with each number of draws, points of the curve of the plain one."""
+    return {
+        replace(resampling(draws, steps), key=f"{RESAMPLING}_{draws}"): partial(PosteriorResampling, num_draws=draws)
+        for draws in num_draws
+    }
+
+
+def official_methods(num_draws: Sequence[int]) -> Steered:
+    """The paper's recipe of MFM-G whole (`preset="paper"`), and the same without its rescaling of the gradient."""
+    paper = PRESETS["paper"]
+    methods: Steered = {}
+    for draws in num_draws:
+        name = f"official, {draws_in_words(draws)}"
+        methods[Method(f"{OFFICIAL}_{draws}", name, "muted", preset="paper")] = partial(
+            GradientGuidance, num_draws=draws
+        )
+        plain = Method(
+            f"{OFFICIAL}_{draws}_plain",
+            f"{name}, not rescaled",
+            "muted",
+            num_steps=paper.num_steps,
+            dynamics=paper.dynamics,
+            grid=paper.grid,
+        )
+        methods[plain] = partial(GradientGuidance, num_draws=draws, trust_region=None)
+    return methods
 
 
 def _winners(rewards: Tensor, n: int, shown: int) -> Tensor:
@@ -282,4 +445,8 @@ def _score_samples(method: Method, drawn: Samples, judge: Judge, count: int, sho
         frequencies=metrics.class_frequencies(probabilities),
         images=drawn.images.unflatten(0, (count, -1))[:, :shown],
         image_rewards=rewards[:, :shown],
+        rewards=rewards,
+        samples=drawn.images,
+        features=judge_features(judge, drawn.images),
+        classes=probabilities.argmax(1),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.metrics import Mean, OverFloor
 from mfm_ray.networks.gaussian import GaussianMixture, GaussianMixtureFlowMap, LinearObservation, isotropic_mixture
+from mfm_ray.protocols.coverage import Coverage, value_coverage
 from mfm_ray.protocols.work import Work
 from mfm_ray.samplers import refine, sample
 from mfm_ray.settings import setting
@@ -35,7 +36,7 @@ from mfm_ray.steering import (
 )
 
 _SHOWN = 600
-_FLOOR_SEED, _EXACT_SEED, _PRIOR_SEED = 10_000, 20_000, 30_000
+_FLOOR_SEED, _EXACT_SEED, _PRIOR_SEED, _COVERAGE_SEED = 10_000, 20_000, 30_000, 40_000
 _RANGE = (0.85, 1.15)
 """Of the residual's deviation over the exact one, for a law that is neither too narrow nor too wide."""
 
@@ -46,7 +47,7 @@ class GmmProtocol:
 
     name: str = setting("the protocol")
     experiment: str = setting("recipe that is trained when no model is given")
-    exact: bool = setting("steer the exact flow map of the mixture in place of the model")
+    exact: bool = setting("steer the exact flow map of the mixture, without a model")
     direction: list[float] = setting("a of the observation y = a . x + noise")
     observation: float = setting("y")
     noise: float = setting("standard deviation of the observation's noise", above=0)
@@ -63,6 +64,9 @@ class GmmProtocol:
     smc_particles: int = setting("particles of the SMC references; 0 leaves them out", minimum=0)
     smc_draws: int = setting("posterior draws of each particle of Feynman-Kac SMC", minimum=1)
     paper_draws: int = setting("draws of the paper's recipe (250 linear steps from 0.01); 0 leaves it out", minimum=0)
+    coverage_draws: list[int] = setting("draws whose value estimates are held against the closed form", minimum=2)
+    coverage_times: list[float] = setting("times at which they are", minimum=0, maximum=0.99)
+    coverage_states: int = setting("states of the steered law at each of these times", minimum=16)
 
     def check(self) -> None:
         """InputError naming the first combination of settings that cannot work."""
@@ -70,6 +74,10 @@ class GmmProtocol:
             raise InputError(f"protocol.direction={self.direction}: expected {len(GMM_MEANS[0])} numbers, not all 0")
         if not self.dynamics:
             raise InputError("protocol.dynamics=[]: expected ode, sde or both")
+
+    @property
+    def needs_model(self) -> bool:
+        return not self.exact
 
     def reward(self) -> LinearObservation:
         return LinearObservation(torch.tensor(self.direction), observation=self.observation, noise=self.noise)
@@ -123,6 +131,7 @@ class GmmEvaluation:
     exact_samples: Tensor
     prior_samples: Tensor
     figures: tuple[MethodFigures, ...]
+    coverage: tuple[Coverage, ...]
     seconds: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
@@ -136,6 +145,10 @@ class GmmEvaluation:
             named[f"{base}.over_floor_lower"] = row.over_floor.lower
             named[f"{base}.mmd"] = row.mmd.value
             named[f"{base}.residual_std"] = row.residual_std
+        for draws in self.protocol.coverage_draws:
+            shares = [cell.covered for cell in self.coverage if cell.draws == draws]
+            if shares:
+                named[f"coverage.{draws}_draws"] = sum(shares) / len(shares)
         return named
 
     def follows_the_law(self, row: MethodFigures, bar: float = 2.0) -> bool:
@@ -145,18 +158,24 @@ class GmmEvaluation:
 
 
 def evaluate_gmm(
-    protocol: GmmProtocol, flow_map: FlowMap, *, seed: int = 0, log: Callable[[str], None] = print
+    protocol: GmmProtocol, flow_map: FlowMap | None, *, seed: int = 0, log: Callable[[str], None] = print
 ) -> GmmEvaluation:
-    """Runs every method for every sampling seed. InputError for a model of anything but points in the plane."""
-    if flow_map.event_shape != (2,):
-        raise InputError(f"model: its samples are of shape {list(flow_map.event_shape)}, expected [2] (experiment=gmm)")
+    """Runs every method for every sampling seed.
+
+    flow_map: None where the protocol steers the exact one. InputError for a model of anything but points in the plane.
+    """
     mixture = isotropic_mixture(torch.tensor(GMM_MEANS), variance=GMM_VARIANCE)
     steered = GaussianMixtureFlowMap(mixture, num_inner_steps=8) if protocol.exact else flow_map
+    if steered is None:
+        raise InputError("model: none given, and protocol.exact=false")
+    if steered.event_shape != (2,):
+        raise InputError(f"model: its samples are of shape {list(steered.event_shape)}, expected [2] (experiment=gmm)")
     reward = protocol.reward()
     tilted = reward.tilt(mixture)
     methods = list(_methods(protocol, steered, reward, seed))
     seeds = {method.key: 1 if method.one_seed else protocol.num_seeds for method in methods}
-    work = Work({method.key: method.rows * seeds[method.key] for method in methods}, log)
+    planned = {method.key: method.rows * seeds[method.key] for method in methods}
+    work = Work({**planned, "coverage": _coverage_rows(protocol)}, log)
     count = protocol.num_samples
 
     def exact(number: int, base: int) -> Tensor:
@@ -178,6 +197,17 @@ def evaluate_gmm(
                 work.advance(method.rows)
             references = [exact(number, _EXACT_SEED) for number in range(len(sets))]
             figures.append(_figures(method, nfe, sets, references, tilted, reward, floor))
+    with work.stage("coverage", "value estimates against their closed form"):
+        coverage = value_coverage(
+            steered,
+            mixture,
+            reward,
+            draws=protocol.coverage_draws,
+            times=protocol.coverage_times,
+            states=protocol.coverage_states,
+            seed=seed + _COVERAGE_SEED,
+        )
+        work.advance(_coverage_rows(protocol))
     large = tilted.sample(200_000, generator=torch.Generator().manual_seed(_EXACT_SEED - 1))
     residual = _residual(large, reward)
     return GmmEvaluation(
@@ -190,6 +220,7 @@ def evaluate_gmm(
         exact_samples=exact(0, _EXACT_SEED)[:_SHOWN],
         prior_samples=mixture.sample(_SHOWN, generator=torch.Generator().manual_seed(_PRIOR_SEED)),
         figures=tuple(figures),
+        coverage=coverage,
         seconds=work.seconds,
     )
 
@@ -236,6 +267,10 @@ def _methods(protocol: GmmProtocol, flow_map: FlowMap, reward: LinearObservation
         yield _smc(protocol, flow_map, weighed, "feynman_kac", f"Feynman-Kac SMC, {_draws(protocol.smc_draws)}")
     if protocol.paper_draws:
         yield _paper(protocol, flow_map, reward)
+
+
+def _coverage_rows(protocol: GmmProtocol) -> float:
+    return 2.0 * sum(protocol.coverage_draws) * len(protocol.coverage_times) * protocol.coverage_states
 
 
 def _images_at_once(draws: int) -> int:
@@ -350,9 +385,10 @@ def _nearest_shares(x: Tensor, tilted: GaussianMixture) -> list[float]:
 
 
 def gmm_parquet(evaluation: GmmEvaluation) -> bytes:
-    """One row a method, its figures and shown samples."""
-    rows = [
+    """One row a method with its figures and shown samples (part "method"), then one a cell of the coverage."""
+    methods: list[dict[str, object]] = [
         {
+            "part": "method",
             "method": row.method.key,
             "label": row.method.label,
             "draws": row.method.draws,
@@ -373,6 +409,9 @@ def gmm_parquet(evaluation: GmmEvaluation) -> bytes:
         }
         for row in evaluation.figures
     ]
+    cells: list[dict[str, object]] = [{"part": "coverage", **asdict(cell)} for cell in evaluation.coverage]
+    names = dict.fromkeys(name for row in (*methods, *cells) for name in row)
+    columns = {name: [row.get(name) for row in (*methods, *cells)] for name in names}
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue().to_pybytes()

@@ -23,7 +23,9 @@ OBSERVATION_NOISE = 0.1
 _BRIGHTER, _DARKER = 4.0, -3.5  # targets, in standard deviations of the training images' brightness
 _BRIGHTNESS_SCALE = 0.4  # width around the target, in the same unit
 _SYMMETRY_SCALE = 0.1
-_MIXTURE = {3: 0.5, 8: 0.3, 0: 0.2}
+_MIXTURE = (0, 1, 0, 1, 0, 2, 0, 2, 0, 4)
+"""The paper's weights of the classes 0 to 9, in tenths."""
+_EXACT_VALUES = 20_000
 _THIN = 8
 
 
@@ -63,7 +65,17 @@ def masked_problem(images: Tensor, labels: Tensor, *, seed: int) -> Problem:
         ),
         targets=targets,
         exact_reward=(-pixels / 2, (pixels / 2) ** 0.5),
+        exact_rewards=half_chi_square(int(pixels)),
     )
+
+
+def half_chi_square(degrees: int) -> Tensor:
+    """Equally likely values of -chi^2 / 2 with that many degrees of freedom, (20000,) float64, sorted."""
+    generator = torch.Generator().manual_seed(degrees)
+    total = torch.zeros(_EXACT_VALUES, dtype=torch.float64)
+    for _ in range(degrees):
+        total += torch.randn(_EXACT_VALUES, generator=generator, dtype=torch.float64).square()
+    return (-total / 2).sort().values
 
 
 def symmetry_problem() -> Problem:
@@ -91,15 +103,19 @@ def brightness_problem(train: Split) -> Problem:
 
 
 def mixture_problem(classifier: DigitClassifier) -> Problem:
-    weights = [_MIXTURE.get(label, 0.0) for label in range(classifier.num_classes)]
-    parts = ", ".join(f"{100 * weight:.0f} % {label}s" for label, weight in _MIXTURE.items())
-    return _single(
-        ClassMixture(classifier=classifier, weights=weights),
+    """The paper's mix where there are ten classes; of others the same weights from the front, then none."""
+    weights = [float(_MIXTURE[label]) if label < len(_MIXTURE) else 0.0 for label in range(classifier.num_classes)]
+    reward = ClassMixture(classifier=classifier, weights=weights)
+    parts = ", ".join(f"{100 * share:.0f} % {label}s" for label, share in enumerate(reward.weights) if share)
+    return Problem(
+        name=reward.name,
         title="A chosen mix of classes",
         explanation=(
             f"A classifier asks for {parts}. Here the mix is the goal, not a high reward: the best single image says "
             "nothing about whether the classes come in the right proportions."
         ),
+        targets=(Target(reward, "A chosen mix of classes"),),
+        wanted=torch.tensor(reward.weights, dtype=torch.float64),
     )
 
 
@@ -120,9 +136,7 @@ def combination_problem(classifier: DigitClassifier, train: Split) -> Problem:
     )
 
 
-def _single(
-    reward: Symmetry | TargetBrightness | ClassMixture | WeightedSum, *, title: str, explanation: str
-) -> Problem:
+def _single(reward: Symmetry | TargetBrightness | WeightedSum, *, title: str, explanation: str) -> Problem:
     return Problem(name=reward.name, title=title, explanation=explanation, targets=(Target(reward, title),))
 
 

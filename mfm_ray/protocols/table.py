@@ -11,10 +11,13 @@ from torch import Tensor
 
 from mfm_ray.protocols.comparison import Study
 from mfm_ray.protocols.digits import DigitsEvaluation
+from mfm_ray.protocols.quality import Judgement
 
 SCHEMA = pa.schema(
     [
-        pa.field("section", pa.string(), nullable=False),  # training, gallery, posterior, distance, reward
+        pa.field(
+            "section", pa.string(), nullable=False
+        ),  # training, gallery, novelty, posterior, distance, reward, law
         pa.field("reward", pa.string()),
         pa.field("method", pa.string()),
         pa.field("target", pa.int64()),
@@ -30,9 +33,10 @@ Row = dict[str, Any]
 
 def evaluation_parquet(evaluation: DigitsEvaluation, history: Sequence[Mapping[str, float]]) -> bytes:
     """The bytes of a Parquet file with `SCHEMA`."""
-    rows = [*_training(history), *_gallery(evaluation), *_posterior(evaluation), *_distance(evaluation)]
+    rows = [*_training(history), *_gallery(evaluation), *_novelty(evaluation)]
+    rows += [*_posterior(evaluation), *_distance(evaluation)]
     for study in evaluation.studies:
-        rows += _study(study)
+        rows += [*_study(study), *_quality(study, evaluation.judgements[study.problem.name])]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -56,6 +60,37 @@ def _gallery(evaluation: DigitsEvaluation) -> Iterator[Row]:
         }
         for item, image in enumerate(images):
             yield {"section": "gallery", "method": kind, "item": item, "quantity": "image", "image": _flat(image)}
+
+
+def _novelty(evaluation: DigitsEvaluation) -> Iterator[Row]:
+    for kind, found in evaluation.novelty.items():
+        of = {"section": "novelty", "method": kind, "x": found.count}
+        yield {**of, "quantity": "nearest_distance", "value": found.memorisation.samples}
+        yield {**of, "quantity": "nearest_ratio", "value": found.memorisation.ratio}
+        yield {**of, "quantity": "vendi", "value": found.vendi}
+        for item, (image, nearest) in enumerate(zip(found.samples, found.nearest, strict=True)):
+            yield {**of, "item": item, "quantity": "sample", "image": _flat(image)}
+            yield {**of, "item": item, "quantity": "nearest", "image": _flat(nearest)}
+
+
+def _quality(study: Study, judgement: Judgement) -> Iterator[Row]:
+    """Distances of every method with their floors, over calls; and the chains' rewards."""
+    base = {"section": "law", "reward": study.problem.name}
+    for score in study.all_scores:
+        of = {**base, "method": score.method.key, "x": score.nfe}
+        yield {**of, "quantity": "mean_reward", "value": score.reward}
+        yield {**of, "quantity": "samples", "value": score.count}
+        found = {"": judgement[score.method.key], "_floor": judgement.floor(score)}
+        for suffix, quality in found.items():
+            for name, value in vars(quality).items() if quality is not None else ():
+                if value is not None:
+                    yield {**of, "quantity": f"{name}{suffix}", "value": value}
+    if judgement.law is not None:
+        of = {**base, "method": "chains"}
+        for label, share in enumerate(judgement.law.frequencies.tolist()):
+            yield {**of, "x": label, "quantity": "class_share", "value": share}
+        for item, reward in enumerate(judgement.law.rewards.tolist()):
+            yield {**of, "item": item, "quantity": "chain_reward", "value": reward}
 
 
 def _posterior(evaluation: DigitsEvaluation) -> Iterator[Row]:

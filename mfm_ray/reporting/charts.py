@@ -35,6 +35,7 @@ COLOURS = {
     "accent": "#161718",
 }
 _POINTS_A_LETTER = 4.7  # of a name at 8.5 points
+_SPREAD = 5.0
 _WIDTH, _HEIGHT = 4.3, 3.1  # inches; a point is 1/72 of one
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -76,7 +77,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; band: lower and upper ends of an interval around it, drawn as a shade."""
+    """A named curve; band: lower and upper ends of an interval around it, drawn as a shade; marker: of its own."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -84,6 +85,7 @@ class Line:
     family: str
     dashed: bool = False
     band: tuple[Sequence[float], Sequence[float]] | None = None
+    marker: str = ""
 
 
 def curves(
@@ -96,9 +98,14 @@ def curves(
     log_x: bool = False,
     marker: str = "",
     reference: float | None = None,
+    wide: bool = False,
 ) -> str:
-    """Curves over a common axis; `log` for the y axis, `log_x` for the other; `reference` is a dotted level."""
-    with _drawing() as (figure, axes):
+    """Curves over a common axis; `log` for the y axis, `log_x` for the other; `reference` is a dotted level.
+
+    A log y axis of values that are all negative is one of their size, up still being better. wide: a chart for a
+    whole line of the page with its legend beside it.
+    """
+    with _drawing(width=2 * _WIDTH if wide else _WIDTH, height=1.15 * _HEIGHT if wide else _HEIGHT) as (figure, axes):
         for line in lines:
             axes.plot(
                 line.x,
@@ -107,16 +114,20 @@ def curves(
                 label=line.label,
                 linewidth=1.8,
                 linestyle="--" if line.dashed else "-",
-                marker=marker or None,
+                marker=line.marker or marker or None,
                 markersize=5,
             )
             if line.band is not None:
                 axes.fill_between(line.x, *line.band, color=COLOURS[line.family], alpha=0.15, linewidth=0)
-        if log:
+        values = [y for line in lines for y in line.y] + ([] if reference is None else [reference])
+        if log and max(values) < 0:
+            _log_of_size(axes)
+            _log_reward_ticks(axes, values)
+        elif log:
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-            _thin_log_ticks(axes, [y for line in lines for y in line.y])
+            _thin_log_ticks(axes, values)
         if log_x:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(_plain))
@@ -125,7 +136,9 @@ def curves(
             axes.axhline(reference, color=COLOURS["muted"], linestyle=(0, (1, 2)), linewidth=1.2)
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
-        if len(lines) > 1:
+        if wide:
+            figure.legend(loc="outside right center")
+        elif len(lines) > 1:
             axes.legend(loc="best")
         return _svg(figure, title)
 
@@ -137,9 +150,9 @@ def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | 
     """
     with _drawing() as (figure, axes):
         values = [dot.y for dot in dots] + ([] if reference is None else [reference])
-        is_log = max(values) < 0 and min(values) / max(values) > 8
+        is_log = spans_sizes(values)
         if is_log:
-            axes.set_yscale("function", functions=(lambda y: -_log(-y), lambda z: -np.exp(-z)))
+            _log_of_size(axes)
         chain = sorted((dot for dot in dots if dot.family == "best_of_n"), key=lambda dot: dot.x)
         axes.plot([d.x for d in chain], [d.y for d in chain], color=COLOURS["best_of_n"], linewidth=1.5, zorder=2)
         for dot in dots:
@@ -161,6 +174,11 @@ def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | 
         axes.grid(axis="y")
         _label(axes, title, "network and reward calls for one image", "mean reward")
         return _svg(figure, title)
+
+
+def spans_sizes(values: Sequence[float]) -> bool:
+    """Whether values are all negative and spread so far that a log scale of their size shows them better."""
+    return max(values) < 0 and min(values) / max(values) > _SPREAD
 
 
 def confidence_against_reward(dots: Sequence[Dot], *, title: str) -> str:
@@ -247,9 +265,9 @@ def agreement(
 
 
 @contextmanager
-def _drawing() -> Iterator[tuple[Figure, Axes]]:
+def _drawing(*, width: float = _WIDTH, height: float = _HEIGHT) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
@@ -296,6 +314,11 @@ def _name_dots(axes: Axes, dots: Sequence[Dot]) -> None:
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Area that two boxes (left, low, right, high) share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _log_of_size(axes: Axes) -> None:
+    """A scale for negative values: logarithmic in their size, the smallest size at the top."""
+    axes.set_yscale("function", functions=(lambda y: -_log(-y), lambda z: -np.exp(-z)))
 
 
 def _log_reward_ticks(axes: Axes, values: Sequence[float]) -> None:

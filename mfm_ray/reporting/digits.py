@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from mfm_ray.protocols.comparison import SINGLE_DRAW, best_of
 from mfm_ray.protocols.digits import MASKED, DigitsEvaluation
 from mfm_ray.reporting import charts, page
-from mfm_ray.reporting.page import duration, number
+from mfm_ray.reporting.page import duration, number, text
 from mfm_ray.reporting.provenance import Provenance, making_section
-from mfm_ray.reporting.steering import steering_section, summary_section
+from mfm_ray.reporting.steering import official_section, steering_section, summary_section
 
 
 def digits_report(evaluation: DigitsEvaluation, provenance: Provenance) -> str:
@@ -24,6 +24,8 @@ def digits_report(evaluation: DigitsEvaluation, provenance: Provenance) -> str:
             *_distance(evaluation),
             *steering_section(evaluation),
             *summary_section(evaluation),
+            *official_section(evaluation),
+            *_novelty(evaluation),
             *making_section(provenance, evaluation.seconds),
         ],
     )
@@ -33,13 +35,13 @@ def _opening(evaluation: DigitsEvaluation, provenance: Provenance) -> Iterator[s
     figures = evaluation.metrics()
     masked, largest = evaluation.study(MASKED), max(evaluation.protocol.best_of)
     targets = len(masked.problem.targets)
-    yield '<header><p class="kicker">mfm-ray &middot; protocol digits</p>'
+    yield '<header><p class="kicker">mfm-ray &middot; protocol ' + text(evaluation.protocol.name) + "</p>"
     yield "<h1>Meta Flow Maps on handwritten digits</h1>"
     yield page.paragraph(
         "A flow model turns noise into an image in many small steps. A <b>meta flow map</b> can also jump: from any "
         "noisy image it draws, in one network call, a clean image that may lie behind it. So a reward can be asked "
         "about the <b>end</b> at every step, and each step bent towards a better one. This page shows what that buys, "
-        "on 1,797 real digits of 8 × 8 pixels and on nothing larger than a laptop.",
+        f"on {text(evaluation.data)} and on nothing larger than a laptop.",
         lede=True,
     )
     yield "</header>"
@@ -206,6 +208,33 @@ def _distance(evaluation: DigitsEvaluation) -> Iterator[str]:
         f"{protocol.posterior_ode_steps} midpoint steps; 256 projections; pixels in [0, 1].",
     )
     yield page.table(header, body)
+
+
+def _novelty(evaluation: DigitsEvaluation) -> Iterator[str]:
+    """Are the samples copies of training images, and do they differ?"""
+    if not evaluation.novelty:
+        return
+    body, cells = [], []
+    for found in evaluation.novelty.values():
+        memory = found.memorisation
+        body.append(
+            [text(found.label), f"{found.count}", number(memory.samples), f"{memory.ratio:.2f}", number(found.vendi)]
+        )
+    for kind in ("ode", "steered"):
+        found = evaluation.novelty[kind]
+        columns = len(found.samples)
+        drawn = [page.picture(image, f"{found.label}, sample {i + 1}") for i, image in enumerate(found.samples)]
+        near = [page.picture(image, f"nearest to sample {i + 1}") for i, image in enumerate(found.nearest)]
+        cells += [page.row_name(found.label), page.strip(drawn, columns=columns)]
+        cells += [page.row_name("nearest in training"), page.strip(near, columns=columns), page.RULE]
+    yield page.heading("Copies, or new digits?")
+    yield page.paragraph(
+        "For each sample the nearest training image: were the samples copies, the distance would be far below that of "
+        "held-out digits, which are no copies. The <b>Vendi score</b> is the effective number of different images "
+        "among as many samples; below that of the held-out digits, samples resemble each other more than they should."
+    )
+    yield page.table(["samples", "count", "nearest, median", "over held-out", "Vendi score"], body)
+    yield page.rows(cells[:-1], "Samples, not picked, above their nearest training images.")
 
 
 def headline(evaluation: DigitsEvaluation) -> str:

@@ -12,6 +12,8 @@ from mfm_ray.reporting.terminal import aligned
 
 _FAMILIES = {"mfm_g": "MFM-G", "mfm_gf": "MFM-GF", "resampling": "posterior resampling"}
 _LIMIT = 5.5
+_COVERAGE_COLOURS = ("muted", "resampling", "mfm_gf", "mfm_g")
+_NORMAL_SHARE = 0.954  # of a normal law within two deviations
 
 
 def gmm_report(evaluation: GmmEvaluation, provenance: Provenance) -> str:
@@ -23,6 +25,7 @@ def gmm_report(evaluation: GmmEvaluation, provenance: Provenance) -> str:
             *_curves(evaluation),
             *_clouds(evaluation),
             *_table(evaluation),
+            *_coverage(evaluation),
             *making_section(provenance, evaluation.seconds),
         ],
     )
@@ -33,7 +36,19 @@ def gmm_table(evaluation: GmmEvaluation) -> list[str]:
     lines = [["method", "", "calls", "over floor", "residual", "law"]]
     lines += [["", row.method.label, *_cells(row, evaluation)] for row in evaluation.figures]
     law = f"exact residual {evaluation.exact_residual_std:.3f}, floor {evaluation.floor.value:.3f} (sliced W2)"
-    return [*aligned(lines), "", law]
+    return [*aligned(lines), "", law, *_coverage_lines(evaluation)]
+
+
+def _coverage_lines(evaluation: GmmEvaluation) -> list[str]:
+    """Shares of the values within two standard errors of the closed form, draws by time."""
+    if not evaluation.coverage:
+        return []
+    times = evaluation.protocol.coverage_times
+    lines = [["value within 2 standard errors", *(f"t = {time:g}" for time in times)]]
+    for draws in evaluation.protocol.coverage_draws:
+        cells = [cell for cell in evaluation.coverage if cell.draws == draws]
+        lines.append([f"{draws} draws", *(f"{100 * cell.covered:.0f}%" for cell in cells)])
+    return ["", *aligned(lines)]
 
 
 def _cells(row: MethodFigures, evaluation: GmmEvaluation) -> list[str]:
@@ -184,3 +199,73 @@ def _table(evaluation: GmmEvaluation) -> Iterator[str]:
         f"{evaluation.protocol.num_samples:,} samples a set, {evaluation.protocol.num_seeds} sampling seeds (the "
         "official recipe: one), 95 percent intervals over seeds. Shares in percent, by the nearest component mean."
     )
+
+
+def _coverage(evaluation: GmmEvaluation) -> Iterator[str]:
+    """Whether the standard error beside a value in the trace can be believed."""
+    if not evaluation.coverage:
+        return
+    draws = evaluation.protocol.coverage_draws
+    by_draws = {count: [cell for cell in evaluation.coverage if cell.draws == count] for count in draws}
+    yield page.heading("Can the value's standard error be believed?")
+    yield page.paragraph(
+        "Each step of a steered run reports the value of its state and a standard error. Here the value is known in "
+        "closed form: how often does it lie within two of these errors? An error that tells the truth covers about 95 "
+        "percent. With few draws and a stiff reward it does not: where a single draw carries the weight, the spread of "
+        "the others says nothing, and both the value and its error are <b>lower bounds</b>. The last two columns tell "
+        "how often one draw carries it (an effective sample size below 2), and how often the closed form lies above "
+        "the interval."
+    )
+    yield page.charts(
+        [
+            charts.curves(
+                [
+                    charts.Line(
+                        [cell.time for cell in cells],
+                        [cell.covered for cell in cells],
+                        f"{count} draws",
+                        _COVERAGE_COLOURS[place % len(_COVERAGE_COLOURS)],
+                    )
+                    for place, (count, cells) in enumerate(by_draws.items())
+                ],
+                title="Values within two standard errors",
+                x_label="time",
+                y_label="share of the states",
+                marker="o",
+                reference=_NORMAL_SHARE,
+            ),
+            charts.curves(
+                [
+                    charts.Line(
+                        [cell.time for cell in cells],
+                        [cell.error / max(cell.standard_error, 1e-12) for cell in cells],
+                        f"{count} draws",
+                        _COVERAGE_COLOURS[place % len(_COVERAGE_COLOURS)],
+                    )
+                    for place, (count, cells) in enumerate(by_draws.items())
+                ],
+                title="Error made over error told",
+                x_label="time",
+                y_label="ratio of root mean squares",
+                marker="o",
+                log=True,
+                reference=1.0,
+            ),
+        ],
+        f"{evaluation.protocol.coverage_states:,} states of the steered law at each time. Dotted: what a normal error "
+        "would cover, and an error that is told as large as it is.",
+    )
+    header = ["draws", "time", "within 2 errors", "told, nats", "made, nats", "one draw counts", "true value above"]
+    lines = [
+        [
+            str(cell.draws),
+            f"{cell.time:g}",
+            f"{100 * cell.covered:.0f}%",
+            number(cell.standard_error),
+            number(cell.error),
+            f"{100 * cell.single:.0f}%",
+            f"{100 * cell.above:.0f}%",
+        ]
+        for cell in evaluation.coverage
+    ]
+    yield page.table(header, sorted(lines, key=lambda line: (int(line[0]), float(line[1]))))

@@ -52,9 +52,9 @@ def cards(items: Sequence[tuple[str, str]]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def charts(svgs: Sequence[str], caption: str) -> str:
-    """Charts side by side where there is room; the caption is markup."""
-    kind = "charts single" if len(svgs) == 1 else "charts"
+def charts(svgs: Sequence[str], caption: str, *, wide: bool = False) -> str:
+    """Charts side by side where there is room, wide ones below each other; the caption is markup."""
+    kind = "charts wide" if wide else "charts single" if len(svgs) == 1 else "charts"
     inner = "".join(f"<div>{svg}</div>" for svg in svgs)
     return f'<figure><div class="{kind}">{inner}</div><figcaption>{caption}</figcaption></figure>'
 

@@ -36,6 +36,7 @@ figcaption { color: var(--muted); font-size: .9rem; line-height: 1.5; max-width:
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 22px 26px;
   margin: 22px 0 6px; }
 .charts.single { max-width: 440px; }
+.charts.wide { grid-template-columns: 1fr; }
 .chart { width: 100%; height: auto; display: block; }
 .chart text { font-family: inherit !important; }
 .strip { display: grid; grid-template-columns: repeat(var(--n), minmax(0, 1fr)); gap: 4px; }

@@ -6,25 +6,28 @@ from collections.abc import Iterator, Sequence
 
 from mfm_ray.protocols.comparison import Study
 from mfm_ray.protocols.digits import DigitsEvaluation
+from mfm_ray.protocols.quality import Judgement
 from mfm_ray.reporting.page import number
 
 
 def evaluation_table(evaluation: DigitsEvaluation) -> list[str]:
     """Methods of every problem with reward, calls for one image and confidence of the judge."""
-    lines = [["reward", "method", "mean reward", "calls", "judge"]]
+    lines = [["reward", "method", "mean reward", "calls", "judge", "FD, data"]]
     for study in evaluation.studies:
-        lines += _study_lines(study)
+        lines += _study_lines(study, evaluation.judgements[study.problem.name])
     return list(aligned(lines))
 
 
-def _study_lines(study: Study) -> Iterator[list[str]]:
+def _study_lines(study: Study, judgement: Judgement) -> Iterator[list[str]]:
     for place, score in enumerate(study.scores):
+        distance = judgement[score.method.key].frechet_data
         yield [
             study.problem.title if place == 0 else "",
             score.method.label,
             number(score.reward),
             f"{score.nfe:,.0f}",
             f"{float(score.confidence.mean()):.2f}",
+            "-" if distance is None else number(distance),
         ]
 
 

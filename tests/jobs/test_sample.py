@@ -9,6 +9,7 @@ import torch
 from jobs import evaluate, sample
 from mfm_ray.config import load_config
 from mfm_ray.data import data_moments, digits, write_shards
+from mfm_ray.data_space import DataSpace
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.pretrained import save_model
@@ -112,12 +113,25 @@ def test_a_model_is_evaluated_against_prepared_data(run_job, model, shards):
         (["+training.name=x"], "training.name: is decided by the job itself"),
         (["protocol.pool_size=5"], "protocol.best_of"),
         (["data_path=somewhere"], "data_path: belongs to a model"),
+        (["protocol=gmm", "protocol.exact=true", "model=x"], "model: nothing is trained or loaded with protocol.exact"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused_before_anything_starts(words, line):
     with pytest.raises(ValueError) as refusal:
         evaluate.check(load_config("evaluate", words))
     assert line in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_mnist_without_its_data_is_one_line(tmp_path):
+    space = DataSpace("image", (1, 28, 28))
+    flow_map = build_network({"name": "residual_mlp", "width": 8, "num_blocks": 1}, space=space, num_classes=10)
+    described = {"name": "mnist", **space.config(), "num_classes": 10, "class_names": list("0123456789")}
+    judge = DigitClassifier(num_classes=10, event_shape=(1, 28, 28))
+    save_model(tmp_path / "model", flow_map, config={"data": described, "training": {}}, classifier=judge)
+    with pytest.raises(ValueError) as refusal:
+        evaluate.check(load_config("evaluate", ["protocol=mnist", f"model={tmp_path / 'model'}"]))
+    assert str(refusal.value).startswith("data_path=null: expected the prepared data of mnist")
     assert "\n" not in str(refusal.value)
 
 

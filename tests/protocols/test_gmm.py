@@ -8,9 +8,10 @@ import torch
 from mfm_ray.config import load_config
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
-from mfm_ray.networks.gaussian import GaussianMixtureFlowMap, isotropic_mixture
+from mfm_ray.networks.gaussian import GaussianMixtureFlowMap, LinearObservation, isotropic_mixture
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 from mfm_ray.protocols import build_protocol
+from mfm_ray.protocols.coverage import value_coverage
 from mfm_ray.protocols.gmm import GmmEvaluation, GmmProtocol, evaluate_gmm, gmm_parquet
 from mfm_ray.reporting.gmm import gmm_report, gmm_table
 from mfm_ray.reporting.provenance import Provenance
@@ -31,6 +32,9 @@ def protocol(**changes: object) -> GmmProtocol:
         "smc_particles": 64,
         "smc_draws": 2,
         "paper_draws": 0,
+        "coverage_draws": [4, 32],
+        "coverage_times": [0.3, 0.7],
+        "coverage_states": 64,
         "noise": 0.5,
     }
     return build_protocol({**settings, **small, **changes})
@@ -78,11 +82,52 @@ def test_report_table_and_data_hold_every_method(evaluation):
     provenance = Provenance(command="python -m jobs.evaluate protocol=gmm", versions={}, settings={})
     page, table = gmm_report(evaluation, provenance), "\n".join(gmm_table(evaluation))
     rows = pq.read_table(pa.BufferReader(gmm_parquet(evaluation))).to_pylist()
-    assert [row["method"] for row in rows] == [row.method.key for row in evaluation.figures]
+    methods = [row["method"] for row in rows if row["part"] == "method"]
+    assert methods == [row.method.key for row in evaluation.figures]
+    assert [row["covered"] for row in rows if row["part"] == "coverage"] == [
+        cell.covered for cell in evaluation.coverage
+    ]
+    assert "Can the value" in page
+    assert "value within 2 standard errors" in table
     for row in evaluation.figures:
         assert row.method.label in page
         assert row.method.label in table
     assert page.count("<svg") >= 6
+
+
+def test_the_exact_map_needs_no_model():
+    alone = protocol(
+        exact=True,
+        dynamics=["sde"],
+        num_seeds=1,
+        best_of=[],
+        smc_particles=0,
+        draws_resampling=[16],
+        draws_gradient=[1],
+    )
+    assert not alone.needs_model
+    assert evaluate_gmm(alone, None, log=lambda line: None).coverage
+    with pytest.raises(InputError, match="model: none given"):
+        evaluate_gmm(protocol(), None, log=lambda line: None)
+
+
+def test_the_standard_error_covers_the_closed_form_when_enough_draws_count():
+    """A soft likelihood: 2 standard errors hold 95 percent, give or take 4 deviations of that share."""
+    soft = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=3.0)
+    cells = value_coverage(flow_map(), flow_map().mixture, soft, draws=[128], times=[0.2, 0.6], states=1024, seed=0)
+    for cell in cells:
+        assert abs(cell.covered - 0.954) < 4 * (0.954 * 0.046 / 1024) ** 0.5 + 0.01
+        assert cell.single == 0
+        assert abs(cell.error / cell.standard_error - 1) < 0.15
+
+
+def test_where_one_draw_carries_the_weight_the_error_is_too_small_and_the_value_too_low():
+    stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=0.05)
+    (cell,) = value_coverage(flow_map(), flow_map().mixture, stiff, draws=[4], times=[0.2], states=512, seed=0)
+    assert cell.single > 0.5
+    assert cell.covered < 0.8
+    assert cell.above > 5 * cell.below
+    assert cell.error > 2 * cell.standard_error
 
 
 def test_another_likelihood_moves_the_law():
