@@ -42,7 +42,7 @@ def body(run: JobRun) -> Outcome:
     deployment, stays = deployment_of(config), joins_a_cluster()
     began = time.monotonic()
     with ray_cluster(run.log):
-        endpoint = bring_up(deployment)
+        endpoint = bring_up(deployment, timeout_s=config.start_timeout_s)
         outcome = Outcome(metrics={"seconds_to_ready": time.monotonic() - began}, artifacts={"endpoint": endpoint})
         run.log(f"serving at {endpoint}; {notice(deployment)}")
         if not stays:

@@ -180,6 +180,7 @@ class DeployConfig(JobConfig):
     config: str = setting("file in Ray Serve's own schema: replicas, resources, scaling, limits")
     keys_file: str | None = setting("file of accepted keys, one a line; null: MFM_RAY_API_KEYS alone")
     port: int | None = setting("HTTP port; null: what the config says", minimum=1, maximum=65535)
+    start_timeout_s: float = setting("seconds in which everything must be ready", above=0)
 
 
 ROOTS: dict[str, type[JobConfig]] = {

@@ -25,11 +25,10 @@ from .keys import Keys
 from .metrics import requests_total
 from .pictures import decode_png
 from .resolve import Resolver, at_most
-from .schema import GenerationRequest, RewardRequest, ScoreRequest, SteeringRequest
+from .schema import GenerationRequest, RewardRequest, ScoreRequest
 
 _FIELDS = {
     "": GenerationRequest.model_fields,
-    "steering": SteeringRequest.model_fields,
     "steering.rewards": RewardRequest.model_fields,
 }
 

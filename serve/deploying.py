@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from mfm_ray.errors import InputError
 
@@ -20,6 +22,7 @@ from .app import build_app
 from .keys import OPEN, Keys
 from .settings import AppSettings
 
+_POLL_S = 0.5
 LOOPBACK = "127.0.0.1"
 IMPORT_PATH = "serve.app:build_app"
 
@@ -62,16 +65,32 @@ def read_deployment(config: str | None, *, args: Mapping[str, Any], port: int | 
     return Deployment(settings, app=app, host=http.get("host"), port=chosen)
 
 
-def bring_up(deployment: Deployment) -> str:
+def bring_up(deployment: Deployment, *, timeout_s: float = 300.0) -> str:
     """Starts Serve where it is not running, and the application on it; returns once that is ready, with its URL.
 
-    RuntimeError when a deployment cannot start.
+    RuntimeError naming the deployments that did not start within the time.
     """
     host, port = deployment.address()
     app = build_app(deployment.settings)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(app, name=deployment.app, route_prefix="/")
+    serve.run_many([serve.RunTarget(app, name=deployment.app, route_prefix="/")], wait_for_applications_running=False)
+    _wait_until_running(deployment.app, timeout_s)
     return endpoint()
+
+
+def _wait_until_running(app: str, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while True:
+        found = serve.status().applications[app]
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        failed = found.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+        if failed or time.monotonic() > end:
+            late = {name: part for name, part in found.deployments.items() if part.status != DeploymentStatus.HEALTHY}
+            why = next((part.message.splitlines()[0] for part in late.values() if part.message), "no reason was given")
+            after = "failed" if failed else f"not ready after {timeout_s:g} s"
+            raise RuntimeError(f"{', '.join(late) or app}: {after}: {why} (serve status has more)")
+        time.sleep(_POLL_S)
 
 
 def require_free_port(deployment: Deployment) -> None:

@@ -38,6 +38,8 @@ class Quality:
 
 QUALITIES = {"low": Quality(25), "medium": Quality(50), "high": Quality(100, draws_factor=4)}
 AUTO = "medium"
+_NOT_ASKED = ("reward", "draws_at_once")
+"""Arguments of methods that are the server's business."""
 _NOT_OF_THE_METHOD = {"method", "rewards", "num_steps", "dynamics", "max_nfe", "deadline_s", "on_reward_failure"}
 
 
@@ -120,6 +122,7 @@ class Resolver:
             raise wrong_value("steering.method", "steering.method=none: takes no rewards; choose a method that steers")
         if not any_rewards and name != "none":
             raise wrong_value("steering.rewards", f"steering.rewards=[]: steering.method={name} needs at least one")
+        _refuse_unknown(steering)
         given = {key: getattr(steering, key) for key in steering.model_fields_set - _NOT_OF_THE_METHOD}
         stated = {key: value for key, value in given.items() if value is not None or key == "trust_region"}
         arguments = {**_defaults(name, quality), **stated}
@@ -175,7 +178,20 @@ def _stand_in(samples: Tensor) -> Tensor:
 def _configured(method: str) -> dict[str, Any]:
     """The method's own file of `mfm_ray/conf/steering`, where defaults stand."""
     configured = yaml.safe_load((resources.files("mfm_ray.conf") / "steering" / f"{method}.yaml").read_text())
-    return {key: value for key, value in configured.items() if key not in ("name", "draws_at_once")}
+    return {key: value for key, value in configured.items() if key not in ("name", *_NOT_ASKED)}
+
+
+def _refuse_unknown(steering: SteeringRequest) -> None:
+    """Names that no method has; those of another method are refused by the constructor."""
+    methods = {field.name for cls in STEERING.values() for field in dataclasses.fields(cls)} - set(_NOT_ASKED)
+    known = {*SteeringRequest.model_fields, *methods}
+    for name, value in (steering.model_extra or {}).items():
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"; did you mean {close}?" if close else f"; expected {', '.join(sorted(known))}"
+            raise wrong_value(f"steering.{name}", f"steering.{name}: unknown field{hint}")
+        if not isinstance(value, str | int | float | None):
+            raise wrong_value(f"steering.{name}", f"steering.{name}: expected a number, a text or null")
 
 
 def _defaults(method: str, quality: Quality) -> dict[str, Any]:
@@ -193,7 +209,7 @@ def _arguments_of(method: Steering) -> dict[str, Any]:
     """The arguments that make the method again, but its reward; draws_at_once is the sampler's own business."""
     if isinstance(method, Unguided) or not dataclasses.is_dataclass(method):
         return {}
-    own = [field.name for field in dataclasses.fields(method) if field.name not in ("reward", "draws_at_once")]
+    own = [field.name for field in dataclasses.fields(method) if field.name not in _NOT_ASKED]
     return {name: _plain(getattr(method, name)) for name in own}
 
 

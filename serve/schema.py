@@ -23,6 +23,10 @@ class RewardRequest(Body):
 
 
 class SteeringRequest(Body):
+    """Further arguments of a method pass as they are: its constructor is their schema, `resolve` knows their names."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
     method: Literal["gradient", "gradient_free", "dps", "resampling", "search", "smc", "best_of_n", "none"] | None = (
         None
     )

@@ -199,6 +199,15 @@ def test_the_async_client_with_several_requests_at_once(served: Served) -> None:
     assert len({answer.data[0].b64_json for answer in answers}) == 3
 
 
+def test_the_async_client_streams_too(served: Served) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
+            stream = await client.images.generate(model="tiny", prompt="3", n=2, stream=True, partial_images=1)
+            return [event.type async for event in stream]
+
+    assert asyncio.run(ask()) == ["image_generation.partial_image"] * 2 + ["image_generation.completed"] * 2
+
+
 def test_models_share_a_replica_one_at_a_time(served: Served) -> None:
     assert [model.id for model in served.openai.models.list().data] == ["tiny", "other"]
     images = {
