@@ -28,7 +28,9 @@ class Preset:
         return own or self.grid
 
     def apply(self, steering: Steering) -> Steering:
-        if self.rescale and isinstance(steering, GradientGuidance | DPS):
+        if self.rescale and isinstance(steering, GradientGuidance):
+            return replace(steering, renormalise="rescale", trust_region=None, estimator="pathwise")
+        if self.rescale and isinstance(steering, DPS):
             return replace(steering, renormalise="rescale", trust_region=None)
         return steering
 

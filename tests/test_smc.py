@@ -61,8 +61,9 @@ def test_weighted_particles_have_the_tilted_moments_and_the_normaliser(settings)
     exact_variance = float(a @ tilted.covariance() @ a)
     assert abs(mean.mean() - float(tilted.mean() @ a)) < 0.06 * math.sqrt(exact_variance)
     assert abs(variance.mean() / exact_variance - 1) < 0.12
-    # the estimate at the last step still lacks the final reward, which the last potential stands for
-    assert abs(samples.trace["log_normaliser"][-1].double().exp().mean().log() - log_evidence()) < 0.05
+    # the estimate at the last step still lacks the final reward, which the last potential stands for; four populations
+    # have a standard error of about 0.03
+    assert abs(samples.trace["log_normaliser"][-1].double().exp().mean().log() - log_evidence()) < 0.1
 
 
 def test_resampling_happens_below_the_threshold_and_weights_are_carried_otherwise():

@@ -18,6 +18,8 @@ from mfm_ray.steering import (
     limit_shift,
     score,
 )
+from mfm_ray.steering.guidance import ESTIMATORS
+from mfm_ray.steering.limits import automatic_radius
 
 
 def mixture() -> GaussianMixture:
@@ -141,7 +143,7 @@ def test_rescaling_gives_the_drifts_norm_and_clipping_at_most_that_both_keeping_
 @pytest.mark.parametrize("t", [0.001, 0.3, 0.99])
 def test_the_trust_region_bounds_the_implied_shift_of_the_posterior_mean(noise, t):
     stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=noise)
-    guidance = GradientGuidance(stiff, num_draws=2, trust_region=1.5)
+    guidance = GradientGuidance(stiff, num_draws=2, trust_region=1.5, estimator="pathwise")
     x = contexts(32, t=t)
     shift = (1 - t) * guidance.guide(**x).correction.norm(dim=1)
     bound = 1.5 * x["context"].flow_map.posterior_spread(x["t"])
@@ -156,11 +158,43 @@ def test_the_trust_region_is_inactive_when_the_correction_is_small():
     assert torch.equal(limited, free)
 
 
-def test_the_automatic_trust_region_widens_with_the_root_of_the_draws():
-    assert GradientGuidance(reward(), num_draws=1).kappa == 4.0
-    assert GradientGuidance(reward(), num_draws=16).kappa == 16.0
-    assert GradientGuidance(reward(), num_draws=1, trust_region=2).kappa == 2.0
-    assert GradientGuidance(reward(), num_draws=1, trust_region=None).kappa is None
+def test_the_automatic_trust_region_leaves_as_draws_grow():
+    """It stops binding pathwise gradients, and narrows where their share falls."""
+    draws = torch.tensor([1.0, 4.0, 16.0])
+    torch.testing.assert_close(automatic_radius(draws, 1), torch.tensor([4.0, 8.0, 16.0]))
+    torch.testing.assert_close(automatic_radius(draws, 2), torch.tensor([4.0, 2.0, 1.0]))
+
+
+def test_gradients_of_many_draws_shift_the_mean_by_no_more_than_the_radius_over_the_effective_sample_size():
+    stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=1e-3)
+    x = contexts(32)
+    mixed = GradientGuidance(stiff, num_draws=4, trust_region=1.5).guide(**x)
+    free = GradientFreeGuidance(stiff, num_draws=4).guide(**x)
+    shift = 0.6 * (mixed.correction - free.correction).norm(dim=1)
+    bound = 1.5 * x["context"].flow_map.posterior_spread(x["t"]) / mixed.value.effective_sample_size
+    torch.testing.assert_close(shift, bound, rtol=1e-4, atol=1e-4)
+
+
+def test_with_one_draw_mixed_and_pathwise_estimates_are_one_bit_for_bit():
+    stiff = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=0.2)
+    mixed, pathwise = (corrections(GradientGuidance(stiff, num_draws=1, estimator=e), 64) for e in ESTIMATORS)
+    assert torch.equal(mixed, pathwise)
+
+
+@pytest.mark.parametrize("num_draws", [2, 5])
+@pytest.mark.parametrize("noise", [0.3, 3.0])
+def test_mixed_and_pathwise_estimates_have_one_mean_at_any_number_of_draws(num_draws, noise):
+    """Same draws: the mean difference, within 4 of its standard errors."""
+    observed = LinearObservation(torch.tensor([1.2, -0.8]), observation=-1.0, noise=noise)
+    settings = {"num_draws": num_draws, "trust_region": None}
+    mixed, pathwise = (
+        corrections(GradientGuidance(observed, **settings, estimator=e), 40_000, inner_steps=6).double()
+        for e in ESTIMATORS
+    )
+    difference = mixed - pathwise
+    assert (difference.mean(0).abs() < 4 * difference.std(0) / math.sqrt(40_000) + 1e-3).all()
+    if noise < 1:
+        assert mixed.var(0).sum() < pathwise.var(0).sum()
 
 
 def test_limiting_a_shift_survives_corrections_whose_squares_overflow():

@@ -419,7 +419,7 @@ def official_methods(num_draws: Sequence[int]) -> Steered:
             dynamics=paper.dynamics,
             grid=paper.grid,
         )
-        methods[plain] = partial(GradientGuidance, num_draws=draws, trust_region=None)
+        methods[plain] = partial(GradientGuidance, num_draws=draws, trust_region=None, estimator="pathwise")
     return methods
 
 

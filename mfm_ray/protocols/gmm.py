@@ -328,7 +328,7 @@ def _paper(protocol: GmmProtocol, flow_map: FlowMap, reward: LinearObservation) 
     from mfm_ray.dynamics import TimeGrid
 
     draws, count = protocol.paper_draws, protocol.num_samples
-    steering = GradientGuidance(reward, num_draws=draws, trust_region=None)
+    steering = GradientGuidance(reward, num_draws=draws, trust_region=None, estimator="pathwise")
 
     def run(number: int) -> tuple[Tensor, float]:
         grid = TimeGrid(start=0.01, power=1.0)

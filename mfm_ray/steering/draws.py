@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ class DrawTotals:
     """What a set of draws adds up to, (B, ...) each; sets merge exactly.
 
     value: of their rewards; mean and tilted_mean: of the draws, the latter by softmax(r); picked: one of the draws,
-    taken with probability softmax(r), and its `ticket`, the perturbed reward that won it; gradient: of the value,
-    where a method takes it.
+    taken with probability softmax(r), and its `ticket`, the perturbed reward that won it; gradient: sum_i w_i^p g_i,
+    w = softmax(r), with p the gradient_power and g_i the gradient of draw i's reward, where a method takes it.
     """
 
     value: RunningValue
@@ -72,6 +72,7 @@ class DrawTotals:
     picked: Tensor
     ticket: Tensor
     gradient: Tensor | None = None
+    gradient_power: int = 1
 
     @classmethod
     def of(
@@ -82,6 +83,7 @@ class DrawTotals:
         *,
         first_draw: int = 0,
         gradient: Tensor | None = None,
+        gradient_power: int = 1,
     ) -> DrawTotals:
         """Of draws (B, K, *event) and their rewards (B, K), both detached here; noise of the step."""
         draws, rewards = draws.detach(), rewards.detach()
@@ -93,6 +95,7 @@ class DrawTotals:
             picked=pick(draws, index),
             ticket=ticket,
             gradient=gradient,
+            gradient_power=gradient_power,
         )
 
     @property
@@ -111,27 +114,32 @@ class DrawTotals:
             tilted_mean=_towards(self.tilted_mean, other.tilted_mean, share),
             picked=torch.where(expand_time(better, self.picked), other.picked, self.picked),
             ticket=torch.maximum(self.ticket, other.ticket),
-            gradient=None
-            if self.gradient is None or other.gradient is None
-            else _towards(self.gradient, other.gradient, share),
+            gradient=self._merged_gradient(other, share),
+            gradient_power=self.gradient_power,
         )
 
+    def _merged_gradient(self, other: DrawTotals, share: Tensor) -> Tensor | None:
+        """share: of the other set's weights in the sum of both."""
+        if self.gradient is None or other.gradient is None:
+            return None
+        mine, theirs = ((part**self.gradient_power).to(self.gradient) for part in (1 - share, share))
+        return expand_time(mine, self.gradient) * self.gradient + expand_time(theirs, self.gradient) * other.gradient
+
     def rows(self, index: Tensor) -> DrawTotals:
-        return _of_tensors([None if part is None else part[index] for part in self._tensors()])
+        return self._with_tensors([None if part is None else part[index] for part in self._tensors()])
 
     def with_rows(self, index: Tensor, part: DrawTotals) -> DrawTotals:
         """These totals, those at `index` replaced."""
         pairs = zip(self._tensors(), part._tensors(), strict=True)
-        return _of_tensors([None if a is None or b is None else a.index_copy(0, index, b) for a, b in pairs])
+        return self._with_tensors([None if a is None or b is None else a.index_copy(0, index, b) for a, b in pairs])
 
     def _tensors(self) -> list[Tensor | None]:
         value = self.value
         rest = (self.mean, self.tilted_mean, self.picked, self.ticket, self.gradient)
         return [value.first, value.second, value.count, *rest]
 
-
-def _of_tensors(parts: Sequence[Any]) -> DrawTotals:
-    return DrawTotals(RunningValue(*parts[:3]), *parts[3:])
+    def _with_tensors(self, parts: Sequence[Any]) -> DrawTotals:
+        return replace(DrawTotals(RunningValue(*parts[:3]), *parts[3:]), gradient_power=self.gradient_power)
 
 
 def gumbel(noise: Noise, num: int, *, first: int = 0) -> Tensor:

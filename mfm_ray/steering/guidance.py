@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.dynamics import extrapolate
+from mfm_ray.errors import require
 from mfm_ray.flow_map import require_at_least_one
 from mfm_ray.interpolants import LinearInterpolant, expand_time
 from mfm_ray.steering.calls import Cost
@@ -94,13 +95,25 @@ class Unguided(Guidance):
         return Cost(per_step=1)
 
 
+ESTIMATORS = {"mixed": 2, "pathwise": 1}
+"""Of the value's gradient from posterior draws: the power of the weights with which it passes through the draws."""
+
+
 @dataclass(frozen=True)
 class GradientGuidance(Guidance):
-    """MFM-G: the gradient of the value estimate through the posterior draws.
+    """MFM-G: the gradient of the value estimate, V_hat = logsumexp_i r(x_1^i) - log K, x_1^i = X_{0,1}(eps_i; t, x).
 
-        V_hat = logsumexp_i r(x_1^i) - log K,   x_1^i = X_{0,1}(eps_i; t, x),   correction = (1 - t) / t * grad_x V_hat.
+    With w = softmax(r) and g_i = (dx_1^i / dx)^T grad r(x_1^i), two estimates of one mean, (1 - t) / t * grad E[V_hat]:
 
-    Consistent as num_draws grows; with one draw it is the gradient of the reward of a posterior sample.
+        "mixed":     sum_i (w_i - 1/K) x_1^i / (1 - t) + (1 - t) / t * sum_i w_i^2 g_i
+        "pathwise":  (1 - t) / t * sum_i w_i g_i = (1 - t) / t * grad_x V_hat, the paper's
+
+    Both tell how the law of the draws follows x: through their weights, which needs no derivative of anything, or
+    through the draws. For any function f, E[f(x_1) (x_1 - E x_1)] t / (1 - t)^2 = E[(dx_1 / dx)^T grad f(x_1)]; with
+    f = w_i as a function of draw i alone, whose derivative is w_i (1 - w_i) grad r, the weights carry all but w_i^2 of
+    w_i. Pathwise gradients have heavy tails: modes are exchanged by the few draws that cross from one to another, and
+    small t divides them by t. Mixed, only the share 1 / (effective sample size) of them is left, and with one draw both
+    are the gradient of the reward of a posterior sample. Consistent as num_draws grows.
 
     Args:
         reward: differentiable, sees unclamped samples in data units.
@@ -108,8 +121,10 @@ class GradientGuidance(Guidance):
         guidance_scale: multiplies the correction last.
         renormalise: "none" samples the tilted law as draws grow; "rescale" gives the correction the norm of the drift
             and "clip" caps it there, after which samples follow no tilted law and only the direction of grad V matters.
-        trust_region: cap on the implied shift of the posterior mean, (1 - t) * correction, as a multiple of the
-            posterior's spread: a number, None for no cap, or "auto": 4 sqrt(num_draws), which vanishes as a bias.
+        trust_region: cap on the shift of the posterior mean that the gradient of a draw stands for, (1 - t)^2 / t g,
+            as a multiple of the posterior's spread: a number, None for no cap, or "auto": 4 / sqrt(num_draws) of mixed
+            estimates, whose bias vanishes with the gradient's share, and 4 sqrt(num_draws) of pathwise ones.
+        estimator: "mixed" or "pathwise".
         draws_at_once: draws whose graphs are held together, all by default; memory, not the result, depends on it:
             parts are merged exactly, and nothing is computed twice.
     """
@@ -120,39 +135,56 @@ class GradientGuidance(Guidance):
     renormalise: str = field(default="none", kw_only=True)
     trust_region: float | str | None = field(default="auto", kw_only=True)
     draws_at_once: int | None = field(default=None, kw_only=True)
+    estimator: str = field(default="mixed", kw_only=True)
 
     def __post_init__(self) -> None:
         resolve_draws(self.num_draws)
         check_scale(self.guidance_scale)
         check_renormalise(self.renormalise)
         check_trust_region(self.trust_region)
+        require(self.estimator in ESTIMATORS, "estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}")
         if self.draws_at_once is not None:
             require_at_least_one(draws_at_once=self.draws_at_once)
-
-    @property
-    def kappa(self) -> float | None:
-        """The trust region as a number, None without one."""
-        if self.trust_region == "auto":
-            return automatic_radius(most_draws(self.num_draws))
-        return None if self.trust_region is None else float(self.trust_region)
 
     def guide(self, x_t: Tensor, t: Tensor, velocity: Tensor, context: SteeringContext) -> GuidedDrift:
         total = total_of_draws(self._part, x_t, t, self.num_draws, self.draws_at_once, context)
         assert total.gradient is not None
-        correction = self.guidance_scale * limited(
-            total.gradient, x_t, t, velocity, context, kappa=self.kappa, renormalise=self.renormalise
-        )
+        correction = expand_time(LinearInterpolant().half_diffusion(t), x_t) * total.gradient
+        radius = self._radius(total.value, t, context)
+        if radius is not None:
+            correction = limit_shift(correction, t, radius=radius)
+        if self._power == 2:
+            # the drift is never evaluated at t = 1, where this would be 0 / 0
+            correction = correction + (total.tilted_mean - total.mean) / expand_time(1 - t, x_t)
+        correction = self.guidance_scale * RENORMALISATIONS[self.renormalise](correction, velocity)
         return GuidedDrift(correction, total.value.estimate(), total.spread)
+
+    @property
+    def _power(self) -> int:
+        """Of the weights that multiply gradients."""
+        return ESTIMATORS[self.estimator]
+
+    def _radius(self, value: RunningValue, t: Tensor, context: SteeringContext) -> Tensor | None:
+        """The most that gradients may shift the posterior mean, (B,); None without a trust region."""
+        if self.trust_region is None:
+            return None
+        kappa = automatic_radius(value.count, self._power) if self.trust_region == "auto" else float(self.trust_region)
+        # squared weights sum to the inverse of the effective sample size
+        share = value.effective_sample_size() ** (1 - self._power)
+        return (kappa * share).to(t) * context.flow_map.posterior_spread(t)
 
     @torch.enable_grad()
     def _part(self, x_t: Tensor, t: Tensor, first: int, count: int, context: SteeringContext) -> DrawTotals:
-        """Gradient of logsumexp over draws first .. first + count - 1."""
+        """Gradient of sum_i w_i^power r_i, weights held, over draws first .. first + count - 1."""
         x = x_t.detach().requires_grad_()
         draws, rewards = draw_and_score(self.reward, x, t, count, context, first_draw=first)
-        gradient = reward_gradient(self.reward, rewards.logsumexp(1), rewards, x, context)
+        weights = torch.softmax(rewards.detach(), dim=1) ** self._power
+        gradient = reward_gradient(self.reward, (weights * rewards).sum(1), rewards, x, context)
         context.calls.draw_backward += rewards.numel()
         context.calls.reward_backward += rewards.numel()
-        return DrawTotals.of(draws, rewards, context.noise, first_draw=first, gradient=gradient)
+        return DrawTotals.of(
+            draws, rewards, context.noise, first_draw=first, gradient=gradient, gradient_power=self._power
+        )
 
     def cost(self) -> Cost:
         return Cost(per_step=1 + 4 * most_draws(self.num_draws))
@@ -214,7 +246,7 @@ class DPS(Guidance):
     the gradient taken through the network. Biased wherever the posterior is not narrow against the reward: it raises
     the reward and loses the distribution. The baseline that posterior draws replace.
 
-    Arguments as for `GradientGuidance`.
+    Arguments as for `GradientGuidance`, the trust region's "auto" being 4.
     """
 
     reward: Reward
@@ -229,9 +261,9 @@ class DPS(Guidance):
 
     @property
     def kappa(self) -> float | None:
-        """The trust region as a number, None without one."""
+        """The trust region as a number, None without one: "auto" is what one draw gets."""
         if self.trust_region == "auto":
-            return automatic_radius(1)
+            return float(automatic_radius(torch.ones(()), 1))
         return None if self.trust_region is None else float(self.trust_region)
 
     def guide(self, x_t: Tensor, t: Tensor, velocity: Tensor, context: SteeringContext) -> GuidedDrift:

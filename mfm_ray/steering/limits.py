@@ -10,9 +10,13 @@ from torch import Tensor
 from mfm_ray.interpolants import expand_time
 
 
-def automatic_radius(num_draws: int) -> float:
-    """The cap "auto" in posterior spreads, 4 sqrt(num_draws): it stops binding as the estimate gets better."""
-    return 4.0 * math.sqrt(num_draws)
+def automatic_radius(num_draws: Tensor, power: int) -> Tensor:
+    """The cap "auto" in posterior spreads, from the draws (B,) of each row.
+
+    4 / sqrt(num_draws) where the gradient's share falls with the draws (power 2); else 4 sqrt(num_draws), which stops
+    binding as the estimate gets better. One draw has 4 either way.
+    """
+    return 4.0 * num_draws ** (-0.5 if power == 2 else 0.5)
 
 
 def limit_shift(correction: Tensor, t: Tensor, *, radius: Tensor) -> Tensor:
