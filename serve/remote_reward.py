@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ _AGAIN = (
     serve.exceptions.ReplicaUnavailableError,
     serve.exceptions.DeploymentUnavailableError,
     TimeoutError,
+    concurrent.futures.TimeoutError,  # another class before Python 3.11
     ConnectionError,
     grpc.RpcError,
 )

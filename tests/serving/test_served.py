@@ -55,7 +55,7 @@ class Served:
         return serve.get_deployment_handle("sampler", APP)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(
     ray_session: None, tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
