@@ -59,6 +59,16 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64's own >> would copy the sign bit
 
 
+def _offset(value: int | Tensor) -> int | Tensor:
+    """What is added for an index: (value + 1) times the golden ratio's bits, as signed 64-bit integers.
+
+    + 1: key 0 (image 0 of seed 0) would otherwise fold 0 into itself and share noise between steps.
+    """
+    if isinstance(value, Tensor):
+        return (value.to(torch.int64) + 1) * _GOLDEN
+    return ((value + 1) * _GOLDEN + 2**63) % 2**64 - 2**63
+
+
 def _mix(x: Tensor) -> Tensor:
     """splitmix64's finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
@@ -98,6 +108,7 @@ class KeyedNoise:
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys
+        self._mixed: Tensor | None = None  # every fold begins with it, and a step folds several streams
 
     @classmethod
     def for_rows(cls, seed: int, rows: Tensor) -> KeyedNoise:
@@ -118,9 +129,9 @@ class KeyedNoise:
 
     def fold_in(self, value: int | Tensor) -> KeyedNoise:
         """New keys from the old ones and an integer, or one integer a row (broadcast against the rows)."""
-        # + 1: key 0 (image 0 of seed 0) would otherwise fold 0 into itself and share noise between steps
-        offset = (torch.as_tensor(value, dtype=torch.int64, device=self.keys.device) + 1) * _GOLDEN
-        return self._of(_mix(_mix(self.keys) + offset))
+        if self._mixed is None:
+            self._mixed = _mix(self.keys)
+        return self._of(_mix(self._mixed + _offset(value)))
 
     def spread(self, num: int, *, first: int = 0) -> KeyedNoise:
         """Give every row `num` independent rows of its own, numbered from `first`, in a new last dimension."""

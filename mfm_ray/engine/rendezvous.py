@@ -1,8 +1,11 @@
-"""Steering methods side by side in lanes, one thread each; what they ask for is merged.
+"""Steering methods side by side in lanes; what they ask for is merged.
 
 A lane runs the library's own code until it needs noise, the network, a reward or a gradient, and waits there. Once all
 wait, the calls of the earliest phase are run as one. No lane knows of the others, and no row's result depends on them
 (`mfm_ray.padding`).
+
+Lanes are threads only so that ordinary code can wait in the middle; one of them runs at a time. Side by side they would
+fight over the interpreter at each of their many small operations, at several times the cost of the operations.
 """
 
 from __future__ import annotations
@@ -10,12 +13,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 MAX_LANES = 64
-"""Lanes that run at once; each has a thread of its own."""
+"""Lanes of one run; each has a thread of its own."""
 Result = TypeVar("Result")
 
 
@@ -38,12 +41,10 @@ class Call:
 
     phase: Phase
     payload: Any
-    answered: threading.Event = field(default_factory=threading.Event)
     result: Any = None
     error: BaseException | None = None
 
     def answer(self) -> Any:
-        self.answered.wait()
         if self.error is not None:
             raise self.error
         return self.result
@@ -59,53 +60,34 @@ class Rendezvous:
     def __init__(self, handlers: dict[Phase, Handler]) -> None:
         self._handlers = handlers
         self._pool = ThreadPoolExecutor(MAX_LANES, thread_name_prefix="lane")
-        self._changed = threading.Condition()
-        self._waiting: list[Call] = []
-        self._live = 0
-        self._alone = False
+        self._here = threading.local()
 
-    def run(self, lanes: Sequence[Callable[[], Result]]) -> list[Result | Exception]:
-        """What each lane returned or raised, at most `MAX_LANES` of them."""
-        assert len(lanes) <= MAX_LANES
-        self._alone = len(lanes) == 1
-        if self._alone:
-            return [_outcome(lanes[0])]
-        self._live = len(lanes)
-        futures = [self._pool.submit(self._lane, lane) for lane in lanes]
-        while calls := self._next_calls():
-            self._answer(calls)
-        return [future.result() for future in futures]
+    def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result | Exception]:
+        """What each task returned or raised, at most `MAX_LANES` of them."""
+        assert len(tasks) <= MAX_LANES
+        if len(tasks) == 1:
+            return [_outcome(tasks[0])]
+        lanes = [_Lane(task, self._here) for task in tasks]
+        for lane in lanes:
+            self._pool.submit(lane.run)
+            lane.go_on()
+        while asking := _earliest(lanes):
+            self._answer([lane.call for lane in asking if lane.call is not None])
+            for lane in asking:
+                lane.go_on()
+        return [lane.outcome for lane in lanes]
 
     def call(self, phase: Phase, payload: Any) -> Any:
-        """From a lane: the answer, once all lanes wait."""
-        call = Call(phase, payload)
-        if self._alone:
+        """From a lane: the answer, once all lanes wait. From a single task: the answer, at once."""
+        call, lane = Call(phase, payload), getattr(self._here, "lane", None)
+        if lane is None:
             self._answer([call])
         else:
-            with self._changed:
-                self._waiting.append(call)
-                self._changed.notify_all()
+            lane.wait_with(call)
         return call.answer()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)
-
-    def _lane(self, lane: Callable[[], Result]) -> Result | Exception:
-        try:
-            return _outcome(lane)
-        finally:
-            with self._changed:
-                self._live -= 1
-                self._changed.notify_all()
-
-    def _next_calls(self) -> list[Call]:
-        """Calls of the earliest phase once every lane waits; none when all lanes have ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._waiting) == self._live)
-            first = min((call.phase for call in self._waiting), default=None)
-            calls = [call for call in self._waiting if call.phase == first]
-            self._waiting = [call for call in self._waiting if call.phase != first]
-            return calls
 
     def _answer(self, calls: Sequence[Call]) -> None:
         try:
@@ -113,13 +95,55 @@ class Rendezvous:
         except BaseException as error:
             for call in calls:
                 call.error = error
-        for call in calls:
-            call.answered.set()
 
 
-def _outcome(lane: Callable[[], Result]) -> Result | Exception:
-    """A lane's failure is its own: it is returned, for whoever waits for that lane."""
+class _Lane(Generic[Result]):
+    """A task that is handed the turn, and hands it back with a call or its end.
+
+    call: what it waits for, None once it has ended; its outcome is known then.
+    """
+
+    def __init__(self, task: Callable[[], Result], here: threading.local) -> None:
+        self._task, self._here = task, here
+        self._turn, self._returned = _taken_lock(), _taken_lock()
+        self.call: Call | None = None
+        self.outcome: Any = None
+
+    def run(self) -> None:
+        """In the lane's thread."""
+        self._turn.acquire()
+        self._here.lane = self
+        self.outcome = _outcome(self._task)
+        self._here.lane = self.call = None
+        self._returned.release()
+
+    def go_on(self) -> None:
+        """Gives the lane its turn; returns when it waits or has ended."""
+        self._turn.release()
+        self._returned.acquire()
+
+    def wait_with(self, call: Call) -> None:
+        """From the lane itself: hands the turn back until the call is answered."""
+        self.call = call
+        self._returned.release()
+        self._turn.acquire()
+
+
+def _taken_lock() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _earliest(lanes: Sequence[_Lane[Any]]) -> list[_Lane[Any]]:
+    """Lanes whose calls are of the earliest phase; none when all have ended."""
+    phases = [lane.call.phase for lane in lanes if lane.call is not None]
+    return [lane for lane in lanes if lane.call is not None and lane.call.phase == min(phases)]
+
+
+def _outcome(task: Callable[[], Result]) -> Result | Exception:
+    """A task's failure is its own: it is returned, for whoever waits for it."""
     try:
-        return lane()
+        return task()
     except Exception as error:
         return error
