@@ -21,7 +21,7 @@ from mfm_ray.protocols.digits import Material, evaluate_digits
 from mfm_ray.protocols.quality import error_at
 from mfm_ray.protocols.table import SCHEMA, evaluation_parquet
 from mfm_ray.reporting import charts, page, pictures
-from mfm_ray.reporting.digits import digits_report, headline
+from mfm_ray.reporting.digits import _terms, digits_report, headline
 from mfm_ray.reporting.provenance import Provenance
 from mfm_ray.reporting.terminal import evaluation_table
 
@@ -107,6 +107,12 @@ def report_of(evaluation):
         total_seconds=99.0,
     )
     return digits_report(evaluation, provenance)
+
+
+def test_the_chart_of_terms_shows_squared_errors_alone():
+    """Other metrics of a line end in the terms' names too."""
+    history = [line | {"flops_per_second.diagonal": 1e9, "flops_per_second.semigroup": 1e9} for line in HISTORY]
+    assert list(_terms(history)) == ["squared_error.diagonal", "squared_error.semigroup"]
 
 
 def test_the_metrics_have_the_promised_names(evaluation):

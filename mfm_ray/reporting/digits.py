@@ -12,6 +12,10 @@ from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.reporting.steering import official_section, steering_section, summary_section
 
 
+_SQUARED_ERROR = "squared_error."
+"""Of a term, in the lines of the training's history."""
+
+
 def digits_report(evaluation: DigitsEvaluation, provenance: Provenance) -> str:
     """The whole page."""
     return page.page(
@@ -83,7 +87,7 @@ def _training(provenance: Provenance) -> Iterator[str]:
     drawn = [charts.curves([loss], title="Training loss", x_label="optimiser step", y_label="loss", log=True)]
     terms = _terms(history)
     if terms:
-        families = ("mfm_g", "best_of_n", "mfm_gf", "unsteered")
+        families = ("mfm_g", "best_of_n")
         lines = [
             charts.Line(steps, _smooth([float(line[name]) for line in history]), label, family)
             for (name, label), family in zip(terms.items(), families, strict=False)
@@ -106,13 +110,9 @@ def _training(provenance: Provenance) -> Iterator[str]:
 
 
 def _terms(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Loss terms by key and name, as far as every line has them."""
-    found = {}
-    for key in history[-1]:
-        name = key.rpartition("/")[2].rpartition(".")[2]
-        if name in ("diagonal", "semigroup") and all(line.get(key, 0) > 0 for line in history):
-            found[key] = name
-    return found
+    """Squared errors of the terms, by key and name, as far as every line has them."""
+    named = {f"{_SQUARED_ERROR}{name}": name for name in ("diagonal", "semigroup")}
+    return {key: name for key, name in named.items() if all(line.get(key, 0) > 0 for line in history)}
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

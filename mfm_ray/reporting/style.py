@@ -28,7 +28,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   overflow-x: auto; font-size: .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 30px 0 10px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 15px 17px 14px; }
-.card b { display: block; font-size: 1.75rem; white-space: nowrap; line-height: 1.15; letter-spacing: -.02em;
+.card b { display: block; font-size: 1.5rem; white-space: nowrap; line-height: 1.15; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .card span { color: var(--muted); font-size: .86rem; line-height: 1.4; display: block; margin-top: 5px; }
 figure { margin: 22px 0 6px; }
