@@ -11,7 +11,6 @@ from mfm_ray.reporting.page import duration, number, text
 from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.reporting.steering import official_section, steering_section, summary_section
 
-
 _SQUARED_ERROR = "squared_error."
 """Of a term, in the lines of the training's history."""
 
