@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,7 +206,9 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _last_line(trial: Any) -> str:
-    lines = [line.strip() for line in str(trial.get_pickled_error() or "").splitlines() if line.strip()]
+    """What Tune noted on the driver of the error: the exception's own line ends it."""
+    noted = Path(trial.error_file).read_text() if trial.error_file else ""
+    lines = [line.strip() for line in noted.splitlines() if line.strip()]
     return lines[-1] if lines else "unknown error"
 
 
