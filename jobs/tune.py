@@ -169,7 +169,7 @@ def sweep_settings(config: TuneConfig) -> dict[str, Any]:
     """Everything that the table of the sweep depends on."""
     asked = {key: getattr(config, key) for key in ("space", "num_trials", "prune_after", "reduction_factor")}
     common = {key: value for key, value in deciding_settings(config).items() if key != "shard_size"}
-    return {**common, **asked, "objective": next(iter(config.objectives.items()), None)}
+    return {**common, **asked, "objective": list(next(iter(config.objectives.items()), ()))}
 
 
 def _points(config: TuneConfig) -> list[dict[str, Any]]:

@@ -219,8 +219,9 @@ SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first four, the resources of a worker are named by the cluster, and `training` holds keys of another root.
-ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training")
+# the first four, the resources of a worker are named by the cluster, `training` holds keys of another root, and
+# `objectives` names metrics.
+ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training", "objectives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +320,9 @@ def _compose(root: str, words: Sequence[str]) -> Composed:
     values = typing.cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
     if isinstance(values.get("reward"), dict):
         values["reward"] = _with_filled_parts(values["reward"])
+    if isinstance(values.get("objectives"), dict):  # objectives.judge.x=max is of the metric judge.x
+        leaves_of = flatten(values["objectives"])
+        values["objectives"] = {name: mode for name, mode in leaves_of.items() if not isinstance(mode, dict)}
     if isinstance(values.get("judges"), list):
         values["judges"] = [_filled_part(judge) for judge in values["judges"]]
     return Composed(values=values, choices=choices)
@@ -379,7 +383,10 @@ def _parse(word: str, given: str) -> Override:
 def _opened(word: str, override: Override) -> list[str]:
     """`objective.weighting={name: adaptive, power: 1}` as one word for each key: Hydra adds none by itself."""
     key, value = override.key_or_group, override.value()
-    if not isinstance(value, dict) or not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
+    takes_more = key.startswith(tuple(f"{parent}." for parent in ADDABLE)) or (
+        key in ADDABLE and not group_choices(key)
+    )
+    if not isinstance(value, dict) or not takes_more:
         return [word]
     return [f"++{key}.{name}={json.dumps(item)}" for name, item in value.items()]
 

@@ -7,10 +7,8 @@ rest; a trial that was under way begins anew and, by common random numbers, come
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +17,7 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
+from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.space import Point
@@ -122,7 +121,7 @@ def run_sweep(
         return dict(earlier)
     book = _Book(plan, run, dict(earlier), log)
     trainable: Any = tune.with_parameters(SamplingTrial, spec=spec)
-    with _tune_environment():
+    with environment_defaults(_ENVIRONMENT):
         tune.Tuner(
             tune.with_resources(trainable, dict(resources)),
             param_space={"trial": tune.grid_search(missing)},
@@ -133,7 +132,7 @@ def run_sweep(
             ),
             run_config=tune.RunConfig(
                 name=TUNE,
-                **_ray_storage(run),
+                **run.for_ray,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[book],
@@ -224,21 +223,3 @@ def _read_record(run: Storage, index: int) -> TrialRecord | None:
         return TrialRecord(**run.read_json(_record_name(index)))
     except (InputError, TypeError):
         return None
-
-
-def _ray_storage(run: Storage) -> dict[str, Any]:
-    if run.local_path is not None:
-        return {"storage_path": str(run.local_path)}
-    return {"storage_path": run.path, "storage_filesystem": run.filesystem}
-
-
-@contextmanager
-def _tune_environment() -> Iterator[None]:
-    """Ray Tune's own settings, which it reads from the driver's environment; what the user set stays."""
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]

@@ -157,7 +157,7 @@ def test_preset_of_a_sweep_names_what_is_missing(tmp_path: Path) -> None:
 def test_a_killed_sweep_goes_on_to_the_table_of_an_uninterrupted_one(
     tiny_models: dict[str, str], tmp_path: Path, sweep: Callable[..., Finished]
 ) -> None:
-    words = ["sweep=num_draws", "scaling.num_workers=1", "num_samples=192", "num_steps=40", "batch_size=8"]
+    words = ["sweep=num_draws", "scaling.num_workers=1", "num_samples=48", "num_steps=20"]
     command = [f"model={tiny_models['tiny']}", f"storage={tmp_path}", "name=killed", *SMALL, *words]
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.tune", *command],
