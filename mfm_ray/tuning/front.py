@@ -1,6 +1,6 @@
 """What a sweep decides: the Pareto front of its trials, its hypervolume and knee, and presets to sample and serve by.
 
-Objectives are compared on one scale, 0 for the worst and 1 for the best finished trial; costs by their logarithm.
+Objectives are compared on one scale, 0 for the worst and 1 for the best measured trial; costs by their logarithm.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ class Front:
     hacked: list[int]
 
 
-def find_front(finished: Mapping[int, Metrics], objectives: Mapping[str, str]) -> Front | None:
-    """The front of trials by index; None when none has all objectives. objectives: metric to "max" or "min"."""
+def find_front(
+    finished: Mapping[int, Metrics], objectives: Mapping[str, str], *, unfinished: Sequence[Metrics] = ()
+) -> Front | None:
+    """The front of trials by index; None when none has all objectives. objectives: metric to "max" or "min".
+
+    unfinished: of pruned trials, which only count for the scale.
+    """
     rows = {index: row for index, row in finished.items() if all(name in row for name in objectives)}
     if not rows:
         return None
-    bounds = {name: _bounds([row[name] for row in rows.values()], mode) for name, mode in objectives.items()}
+    measured = [*rows.values(), *(row for row in unfinished if all(name in row for name in objectives))]
+    bounds = {name: _bounds([row[name] for row in measured], mode) for name, mode in objectives.items()}
     scores = {
         index: tuple(_score(row[name], *bounds[name], is_cost=name in COSTS) for name in objectives)
         for index, row in rows.items()

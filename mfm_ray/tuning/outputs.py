@@ -33,7 +33,8 @@ def write_outputs(
     """Writes the four files and returns the figures of the sweep. facts: command, versions, git, settings, seconds."""
     ordered = [records[index] for index in sorted(records)]
     finished = {record.index: record.metrics for record in ordered if record.status == "ok"}
-    front = find_front(finished, config.objectives)
+    pruned = [record.metrics for record in ordered if record.status == "pruned"]
+    front = find_front(finished, config.objectives, unfinished=pruned)
     if front is None:
         reasons = sorted({record.reason for record in ordered if record.reason})
         raise RuntimeError(f"no trial came to its end: {'; '.join(reasons)[:500]}")
@@ -123,7 +124,6 @@ def _figures(records: list[TrialRecord], front: Front, presets: Mapping[str, int
 
 def _table(results: SweepResults) -> list[str]:
     """The front for the terminal, the cheapest first."""
-    named = {index: name for name, index in results.presets.items()}
     lines = [f"{len(results.front.trials)} trials on the front, hypervolume {results.front.hypervolume:.3f}:"]
     for index in results.front.trials:
         row = results.metrics[index]
@@ -132,5 +132,5 @@ def _table(results: SweepResults) -> list[str]:
             for name in dict.fromkeys([*results.front.objectives, "nfe"])
         )
         point = " ".join(f"{key}={value}" for key, value in results.points[index].items())
-        lines.append(f"  {named.get(index, ''):<7} {point}: {figures}")
+        lines.append(f"  {results.names_of(index):<17} {point}: {figures}")
     return lines

@@ -43,6 +43,10 @@ class SweepResults:
     def metrics(self) -> dict[int, dict[str, float]]:
         return {record.index: record.metrics for record in self.finished}
 
+    def names_of(self, index: int) -> str:
+        """The presets that a trial is."""
+        return ", ".join(name for name, chosen in self.presets.items() if chosen == index)
+
     @cached_property
     def points(self) -> dict[int, Point]:
         return {record.index: record.point for record in self.records}
@@ -106,10 +110,9 @@ def _front_section(results: SweepResults) -> Iterator[str]:
 
 
 def _front_chart(results: SweepResults, first: str, other: str) -> str:
-    named = {index: name for name, index in results.presets.items()}
     dots = [
         charts.Dot(
-            row[other], row[first], named.get(index, ""), _family(results, index), row.get(first + HALF_WIDTH, 0.0)
+            row[other], row[first], results.names_of(index), _family(results, index), row.get(first + HALF_WIDTH, 0.0)
         )
         for index, row in results.metrics.items()
         if other in row and first in row
@@ -132,10 +135,9 @@ def _family(results: SweepResults, index: int) -> str:
 
 
 def _front_line(results: SweepResults, index: int) -> list[str]:
-    named = ", ".join(name for name, chosen in results.presets.items() if chosen == index)
     row, point = results.metrics[index], results.points[index]
     return [
-        f"<b>{named}</b>",
+        f"<b>{results.names_of(index)}</b>",
         str(index),
         *(text(_value(point.get(key, ""))) for key in results.config.space),
         *(_figure(row, name) for name in _shown(results)),

@@ -23,6 +23,15 @@ def test_the_front_is_what_no_other_trial_beats_in_everything():
     assert front.knee == 1
 
 
+def test_pruned_trials_set_the_scale_and_are_never_on_the_front():
+    finished, pruned = {0: trial(1, 10), 1: trial(2, 100)}, [trial(0, 10), trial(9, 10)]
+    front = find_front(finished, MAX_MIN, unfinished=pruned)
+    assert front is not None
+    assert front.trials == [0, 1]
+    assert front.bounds["reward"] == (0.0, 9.0)
+    assert front.hypervolume == pytest.approx(1 / 9)
+
+
 def test_equal_trials_are_all_on_the_front():
     front = find_front({0: trial(1, 10), 1: trial(1, 10)}, MAX_MIN)
     assert front is not None
