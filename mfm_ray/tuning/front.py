@@ -54,7 +54,7 @@ def find_front(
         hypervolume=hypervolume([scores[index] for index in front]),
         knee=min(front, key=lambda index: (math.dist(scores[index], [1.0] * len(objectives)), index)),
         bounds=bounds,
-        hacked=reward_hacking(rows),
+        hacked=reward_hacking(rows, optimised=_optimised(objectives)),
     )
 
 
@@ -75,19 +75,24 @@ def hypervolume(scores: Sequence[Sequence[float]]) -> float:
     return volume
 
 
-def judge_names(row: Metrics) -> list[str]:
+def judge_names(row: Metrics, optimised: str = "reward") -> list[str]:
     """Metrics that were never optimised and say whether a sample is still good: judges, else the confidence."""
     judges = [name for name in row if name.startswith("judge.") and not name.endswith(HALF_WIDTH)]
+    judges = [name for name in judges if name != optimised]
     return judges or [name for name in ("confidence",) if name in row]
 
 
-def reward_hacking(rows: Mapping[int, Metrics]) -> list[int]:
-    """Trials that have clearly more reward and clearly less of a judge than another one: intervals apart in both."""
+def reward_hacking(rows: Mapping[int, Metrics], *, optimised: str = "reward") -> list[int]:
+    """Trials that have clearly more reward and clearly less of a judge than another one: intervals apart in both.
+
+    optimised: metric of the reward, which is no judge of itself.
+    """
     return [
         index
         for index, row in rows.items()
         if any(
-            _clearly_above(row, other, "reward") and any(_clearly_above(other, row, name) for name in judge_names(row))
+            _clearly_above(row, other, optimised)
+            and any(_clearly_above(other, row, name) for name in judge_names(row, optimised))
             for other in rows.values()
         )
     ]
@@ -106,6 +111,12 @@ def choose_presets(finished: Mapping[int, Metrics], front: Front) -> dict[str, i
     best = max(trusted, key=lambda index: sign * finished[index][name])
     high = best if cost_of(finished[best]) >= cost_of(finished[knee]) else knee
     return {"low": low, "medium": knee, "high": high}
+
+
+def _optimised(objectives: Mapping[str, str]) -> str:
+    """The first objective where it is a judge (the reward without the weight that is swept), else the reward."""
+    first = next(iter(objectives))
+    return first if first.startswith("judge.") else "reward"
 
 
 def _bounds(values: Sequence[float], mode: str) -> tuple[float, float]:

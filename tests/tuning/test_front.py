@@ -91,6 +91,16 @@ def test_a_configured_judge_stands_in_for_the_confidence():
     assert reward_hacking(trials) == []
 
 
+def test_a_judge_that_is_the_objective_is_no_judge_of_itself():
+    trials = {
+        index: trial(reward, 10, confidence=0.9, confidence_half_width=0.01, **{"judge.x": -reward})
+        for index, reward in enumerate((1.0, 2.0))
+    }
+    front = find_front(trials, {"judge.x": "max", "nfe": "min"})
+    assert front is not None
+    assert front.hacked == []
+
+
 def test_presets_rise_in_cost_and_leave_hackers_out():
     good, bad = ({"confidence": value, "confidence_half_width": 0.01} for value in (0.9, 0.2))
     trials = {0: trial(1, 10, **good), 1: trial(2, 40, **good), 2: trial(2.2, 200, **good), 3: trial(9, 1000, **bad)}
