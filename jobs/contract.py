@@ -35,7 +35,7 @@ from mfm_ray.storage import Storage
 
 EXIT_CODES = {"ok": 0, "failed": 1, "stopped": 1, "invalid": 2}
 # The words that decide where a run writes; enough to say so even when the others cannot be understood.
-_PLACE_KEYS = ("name", "storage", "experiment", "protocol", "data")
+_PLACE_KEYS = ("name", "storage", "experiment", "protocol", "data", "sweep")
 
 
 @dataclass(frozen=True, kw_only=True)

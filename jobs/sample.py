@@ -36,9 +36,9 @@ from jobs.sample_shards import (
     refuse_other_settings,
     write_manifest,
 )
+from jobs.workbench import Workbench
 from mfm_ray.config import SampleConfig
 from mfm_ray.errors import InputError
-from mfm_ray.storage import Storage
 
 GRID = "grid.png"
 _MANIFEST_EVERY_S = 10.0
@@ -46,46 +46,23 @@ _MANIFEST_EVERY_S = 10.0
 
 def check(config: SampleConfig) -> None:
     """The model loads, steering, reward, label and sampler fit it, and so does what an earlier call has left."""
-    flow_map, _, _ = build(config)
-    if config.label is not None and not config.label < flow_map.num_classes:
-        allowed = f"0 to {flow_map.num_classes - 1}" if flow_map.num_classes else "null: this model has no classes"
-        raise InputError(f"label={config.label}: expected {allowed}")
-    if config.cfg_scale is not None and config.cfg_scale not in flow_map.cfg_scales:
-        known = ", ".join(map(str, flow_map.cfg_scales)) or "null alone: this model has none"
-        raise InputError(f"cfg_scale={config.cfg_scale}: expected one of {known}")
+    bench = Workbench(config.model)
+    bench.build(config)
+    bench.check(config)
     if not any(config.scaling.resources_per_worker.values()):
         raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
     if works_here(config):
-        _own_device(config)
+        own_device(config)
     if config.resume:
         run = RunFolder("sample", config).storage
         refuse_other_settings(read_manifest(run), deciding_settings(config), where=run.uri)
 
 
-def build(config: SampleConfig) -> tuple[Any, Any, dict[str, Any]]:
-    """Flow map, steering method (None: unsteered) and judges by name."""
-    from mfm_ray.building import build_judges, build_reward, build_steering
-    from mfm_ray.pretrained import load_classifier, load_flow_map
-
-    if config.model is None:
-        raise InputError("model=null: expected a model directory")
-    model = Storage(config.model)
-    flow_map = load_flow_map(model)
-    sources: dict[str, Any] = {
-        "load_classifier": lambda: load_classifier(model),
-        "load_heldout": lambda place: _heldout(model, place),
-        "seed": config.seed,
-    }
-    reward = build_reward(config.reward, **sources)
-    if reward is not None and config.steering.get("name") == "none":
-        raise InputError(f"reward={config.reward['name']}: steering=none takes no reward; choose a steering")
-    return flow_map, build_steering(config.steering, reward), build_judges(config.judges, **sources)
-
-
 def body(run: JobRun) -> Outcome:
     """Makes the shards that are not there yet, and says where all of them are and what they amount to."""
     config: SampleConfig = run.config
-    flow_map, steering, judges = build(config)
+    bench = Workbench(config.model)
+    flow_map, (steering, judges) = bench.flow_map, bench.build(config)
     settings = deciding_settings(config)
     shards = plan_shards(config.num_samples, config.shard_size)
     book = _Book(run, settings, shards)
@@ -166,7 +143,7 @@ class _Book:
 def _make(maker: ShardMaker, missing: list[Shard], book: _Book, log: Callable[[str], None]) -> None:
     config = maker.config
     if works_here(config):
-        maker = replace(maker, device=_own_device(config))
+        maker = replace(maker, device=own_device(config))
         refuse_other_device(book.records.values(), maker.device, where=maker.run.uri)
         make_here(maker, missing, book.keep, book.progress)
         return
@@ -177,28 +154,13 @@ def _make(maker: ShardMaker, missing: list[Shard], book: _Book, log: Callable[[s
         make_on_ray(maker, missing, book.keep, book.progress, workers=workers, log=log)
 
 
-def _own_device(config: SampleConfig) -> str:
+def own_device(config: SampleConfig) -> str:
     """Where this process calculates."""
     import torch
 
     if config.scaling.use_gpu and not torch.cuda.is_available():
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
     return "cuda" if torch.cuda.is_available() and config.scaling.use_gpu is not False else "cpu"
-
-
-def _heldout(model: Storage, place: str | None) -> Any:
-    """Held-out images of prepared data, or of the bundled data that the model was trained on."""
-    from jobs.prepare_data import make_dataset
-    from mfm_ray.data.shards import load_split
-    from mfm_ray.pretrained import read_model_config
-
-    if place is not None:
-        return load_split(place, "heldout").data
-    name = read_model_config(model)["data"]["name"]
-    try:
-        return make_dataset(name).splits["heldout"].data
-    except InputError as error:
-        raise InputError(f"reward.data=null: {name} is not bundled; expected a folder of prepared data") from error
 
 
 if __name__ == "__main__":

@@ -42,7 +42,15 @@ class ShardMaker:
         progress: called with the images of this shard that are done.
         """
         config = self.config
-        drawn = self._sample(shard, progress)
+        drawn = draw_samples(
+            self.flow_map,
+            self.steering,
+            self.judges,
+            config,
+            first_image=shard.first_image,
+            count=shard.count,
+            progress=progress,
+        )
         content = samples_parquet(drawn, label=config.label, seed=config.seed, first_image=shard.first_image)
         self.run.write_bytes(shard.file, content)
         if shard.picture is not None and self.flow_map.space.kind == "image":
@@ -52,30 +60,40 @@ class ShardMaker:
             self.run.write_json(shard.record, asdict(record))
         return record
 
-    def _sample(self, shard: Shard, progress: Callable[[int], None]) -> Any:
-        from mfm_ray.samplers import sample
 
-        config = self.config
-        try:
-            return sample(
-                self.flow_map,
-                num_samples=shard.count,
-                first_image=shard.first_image,
-                steering=self.steering,
-                num_steps=config.num_steps,
-                dynamics=config.dynamics,
-                order=config.order,
-                max_nfe=config.max_nfe,
-                judges=self.judges,
-                seed=config.seed,
-                label=config.label,
-                cfg_scale=config.cfg_scale,
-                preset=config.preset,
-                batch_size=config.batch_size,
-                progress=lambda done, _: progress(done),
-            )
-        except ValueError as error:  # what `sample` raises for arguments and rewards that cannot be used
-            raise InputError(str(error)) from error
+def draw_samples(
+    flow_map: Any,
+    steering: Any,
+    judges: Mapping[str, Any],
+    config: SampleConfig,
+    *,
+    first_image: int,
+    count: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Any:
+    """`Samples` of the images first_image, first_image + 1, ... of a job. InputError for what the sampler refuses."""
+    from mfm_ray.samplers import sample
+
+    try:
+        return sample(
+            flow_map,
+            num_samples=count,
+            first_image=first_image,
+            steering=steering,
+            num_steps=config.num_steps,
+            dynamics=config.dynamics,
+            order=config.order,
+            max_nfe=config.max_nfe,
+            judges=judges,
+            seed=config.seed,
+            label=config.label,
+            cfg_scale=config.cfg_scale,
+            preset=config.preset,
+            batch_size=config.batch_size,
+            progress=lambda done, _: progress(done),
+        )
+    except ValueError as error:  # what `sample` raises for arguments and rewards that cannot be used
+        raise InputError(str(error)) from error
 
 
 class Progress:

@@ -12,18 +12,22 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mfm_ray.errors import InputError
 from mfm_ray.settings import from_dict, leaves, nearest, setting, unknown_key
+from mfm_ray.sweep_files import words_of_trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +150,10 @@ class SampleConfig(JobConfig):
     dynamics: str | None = setting("null: what the method does best with", choices=("ode", "sde"))
     order: int = setting("order of the drift's steps; 2 costs no further call", minimum=1, maximum=2)
     max_nfe: int | None = setting("calls an image that are never exceeded; null: no limit", minimum=1)
-    preset: str | None = setting("named recipe of the sampler", choices=("paper",))
+    preset: str | None = setting(
+        "named recipe of the sampler, or a trial of a sweep: FILE/presets.yaml#low, FILE/results.parquet#12",
+        choices=("paper",),
+    )
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
     cfg_scale: float | None = setting("classifier-free guidance; null: none")
     batch_size: int = setting("samples that share one network call", minimum=1)
@@ -155,6 +162,20 @@ class SampleConfig(JobConfig):
     steering: dict[str, Any] = setting("steering method by name, with its constructor's arguments")
     reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
     judges: list[Any] = setting("rewards that score the samples and are not optimised, as reward.parts are written")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(SampleConfig):
+    """Root of `jobs.tune`: what every trial samples, and what differs between them. `num_samples` is of one trial."""
+
+    sweep: str = setting("question asked: a file of tune_configs/")
+    space: dict[str, Any] = setting(
+        "values to try by key of jobs.sample: {grid|choice|uniform|loguniform|integers: []}"
+    )
+    num_trials: int = setting("times that the grid is run through; other kinds are drawn anew each time", minimum=1)
+    objectives: dict[str, str] = setting("metrics of the front; the first one decides pruning", choices=("max", "min"))
+    prune_after: int | None = setting("samples after which a trial may be pruned (ASHA); null: no pruning", minimum=2)
+    reduction_factor: int = setting("one trial in so many goes on beyond a rung", minimum=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,15 +209,19 @@ ROOTS: dict[str, type[JobConfig]] = {
     "prepare_data": PrepareDataConfig,
     "export": ExportConfig,
     "sample": SampleConfig,
+    "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "demo": DemoConfig,
     "deploy": DeployConfig,
 }
 
+SWEEPS = "tune_configs"
+"""Folder of sweep files."""
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first four, the resources of a worker are named by the cluster, and `training` holds keys of another root.
-ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training")
+# the first four, the resources of a worker are named by the cluster, `training` holds keys of another root, and
+# `objectives` names metrics.
+ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training", "objectives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +239,16 @@ def load_config(root: str, overrides: Sequence[str] = ()) -> JobConfig:
         InputError: one line that names key, value, what is allowed and, for a name, the nearest valid one.
     """
     composed = compose(root, overrides)
-    if composed.choices.get("experiment", "") is None:
-        recipes = ", ".join(group_choices("experiment"))
-        raise InputError(f"experiment: missing; every training starts from a recipe, one of {recipes}")
+    for group, what in (("experiment", "every training starts from a recipe"), ("sweep", "every sweep from a file")):
+        if composed.choices.get(group, "") is None:
+            raise InputError(f"{group}: missing; {what}, one of {', '.join(group_choices(group))}")
     return from_dict(ROOTS[root], composed.values)
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     """Composes the YAML files of a root; types and bounds are not yet checked."""
+    if root == "sample":
+        overrides = with_preset(overrides)
     words = [_quote_text(root, word) for word in overrides]
     parsed = [_parse(word, given) for word, given in zip(words, overrides, strict=True)]
     for override in parsed:
@@ -235,15 +262,56 @@ def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
         raise InputError(f"{root}: {str(error).splitlines()[0]}") from error
 
 
+def with_preset(words: Sequence[str]) -> list[str]:
+    """The words of a sweep's trial in the place of `preset=FILE#trial`; words of the command line win over them."""
+    found = [word for word in words if word.startswith("preset=") and "#" in word]
+    if not found:
+        return list(words)
+    place, _, trial = found[-1].removeprefix("preset=").strip("'\"").rpartition("#")
+    return [*words_of_trial(place, trial), *(word for word in words if word not in found)]
+
+
 def group_choices(group: str) -> list[str]:
-    """The names that `group=` takes, from the files of the package."""
+    """The names that `group=` takes, from the files of the package, those of sweeps from `tune_configs/`."""
+    if group == "sweep":
+        return sorted(sweep_files())
     folder = resources.files("mfm_ray.conf") / group
     if not folder.is_dir():
         return []
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+def sweep_files() -> dict[str, Path]:
+    """Sweep files by name: those beside the package, and those of the working directory's own `tune_configs/`."""
+    folders = [Path(__file__).resolve().parents[1] / SWEEPS, Path(SWEEPS)]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def group_defaults(group: str, name: str) -> dict[str, Any]:
+    """What `group=name` gives before any other word. InputError for an unknown name."""
+    choices = group_choices(group)
+    if name not in choices:
+        close = nearest(name, choices)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"{group}={name}: expected one of {', '.join(choices)}{hint}")
+    text = (resources.files("mfm_ray.conf") / group / f"{name}.yaml").read_text()
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    return _with_filled_parts(values) if group == "reward" else values
+
+
+def _register_sweeps() -> None:
+    """Makes the files of `tune_configs/` choices of the group `sweep`, which write into the root like recipes."""
+    for name, file in sweep_files().items():
+        try:
+            node = OmegaConf.merge({"sweep": name}, OmegaConf.load(file))
+        except (YAMLError, OSError) as error:
+            raise InputError(f"sweep={name}: {file} cannot be read as YAML") from error
+        ConfigStore.instance().store(group="sweep", name=name, node=node, package="_global_")
+
+
 def _compose(root: str, words: Sequence[str]) -> Composed:
+    if root == "tune":
+        _register_sweeps()
     with initialize_config_module("mfm_ray.conf", version_base="1.3"):
         full = hydra_compose(root, overrides=list(words), return_hydra_config=True)
     choices = {str(group): choice for group, choice in full.hydra.runtime.choices.items() if "hydra" not in str(group)}
@@ -252,6 +320,9 @@ def _compose(root: str, words: Sequence[str]) -> Composed:
     values = typing.cast(dict[str, Any], OmegaConf.to_container(full, resolve=True, throw_on_missing=True))
     if isinstance(values.get("reward"), dict):
         values["reward"] = _with_filled_parts(values["reward"])
+    if isinstance(values.get("objectives"), dict):  # objectives.judge.x=max is of the metric judge.x
+        leaves_of = flatten(values["objectives"])
+        values["objectives"] = {name: mode for name, mode in leaves_of.items() if not isinstance(mode, dict)}
     if isinstance(values.get("judges"), list):
         values["judges"] = [_filled_part(judge) for judge in values["judges"]]
     return Composed(values=values, choices=choices)
@@ -270,9 +341,7 @@ def _filled_part(part: Any) -> Any:
     given = {"name": part} if isinstance(part, str) else part
     if not isinstance(given, dict) or given.get("name") not in group_choices("reward"):
         return given
-    text = (resources.files("mfm_ray.conf") / "reward" / f"{given['name']}.yaml").read_text()
-    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
-    return _with_filled_parts({**defaults, **given})
+    return _with_filled_parts({**group_defaults("reward", given["name"]), **given})
 
 
 def _quote_text(root: str, word: str) -> str:
@@ -314,7 +383,10 @@ def _parse(word: str, given: str) -> Override:
 def _opened(word: str, override: Override) -> list[str]:
     """`objective.weighting={name: adaptive, power: 1}` as one word for each key: Hydra adds none by itself."""
     key, value = override.key_or_group, override.value()
-    if not isinstance(value, dict) or not key.startswith(tuple(f"{parent}." for parent in ADDABLE)):
+    takes_more = key.startswith(tuple(f"{parent}." for parent in ADDABLE)) or (
+        key in ADDABLE and not group_choices(key)
+    )
+    if not isinstance(value, dict) or not takes_more:
         return [word]
     return [f"++{key}.{name}={json.dumps(item)}" for name, item in value.items()]
 

@@ -69,6 +69,13 @@ class Storage:
         return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
 
     @property
+    def for_ray(self) -> dict[str, Any]:
+        """This folder as the arguments of a RunConfig of Ray Train or Ray Tune."""
+        if self.local_path is not None:
+            return {"storage_path": str(self.local_path)}
+        return {"storage_path": self.path, "storage_filesystem": self.filesystem}
+
+    @property
     def name(self) -> str:
         """Last part of the path."""
         return PurePosixPath(self.path).name

@@ -12,11 +12,12 @@ from mfm_ray.networks import NETWORKS, build_network
 from mfm_ray.objectives import OBJECTIVES, build_objective
 from mfm_ray.settings import from_dict, nearest
 
-RECIPE = {"train": ["experiment=digits"]}
+RECIPE = {"train": ["experiment=digits"], "tune": ["sweep=methods"]}
 GROUPS = {
     "train": ("data", "network", "objective", "experiment"),
     "prepare_data": ("data",),
     "sample": ("steering", "reward"),
+    "tune": ("steering", "reward", "sweep"),
     "evaluate": ("protocol",),
     "demo": ("protocol",),
     "export": (),
@@ -42,7 +43,7 @@ def test_every_choice_composes(root: str, choice: str) -> None:
     group, _, name = choice.partition("=")
     config = load_config(root, [*RECIPE.get(root, []), choice])
     chosen = getattr(config, group)
-    found = chosen if group == "experiment" else dataclasses.asdict(config)[group]["name"]
+    found = chosen if group in ("experiment", "sweep") else dataclasses.asdict(config)[group]["name"]
     assert found == name
 
 
@@ -50,7 +51,7 @@ def test_every_yaml_belongs_to_a_root_or_to_a_group_of_one() -> None:
     files = [file.name for file in resources.files("mfm_ray.conf").iterdir()]
     assert {name.removesuffix(".yaml") for name in files if name.endswith(".yaml")} == set(ROOTS)
     folders = {name for name in files if "." not in name and not name.startswith("__")}
-    assert folders == {group for groups in GROUPS.values() for group in groups}
+    assert folders == {group for groups in GROUPS.values() for group in groups} - {"sweep"}  # tune_configs/
 
 
 @pytest.mark.parametrize("experiment", group_choices("experiment"))

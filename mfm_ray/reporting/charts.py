@@ -176,6 +176,34 @@ def reward_against_calls(dots: Sequence[Dot], *, title: str, reference: float | 
         return _svg(figure, title)
 
 
+def pareto(
+    dots: Sequence[Dot],
+    front: Sequence[tuple[float, float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+) -> str:
+    """Trials with the deviation of y, and the points of a front joined by a line; dots with a name carry it."""
+    with _drawing() as (figure, axes):
+        if front:
+            axes.plot(*zip(*front, strict=True), color=COLOURS["mfm_g"], linewidth=1.5, zorder=2)
+        for dot in dots:
+            axes.errorbar([dot.x], [dot.y], yerr=[dot.spread], color=COLOURS[dot.family], linewidth=1, zorder=2)
+            axes.scatter([dot.x], [dot.y], s=34, color=COLOURS[dot.family], zorder=3, linewidths=0)
+            if dot.label:
+                axes.annotate(dot.label, (dot.x, dot.y), (6, 6), textcoords="offset points", fontsize=9, zorder=4)
+        if log_x:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.12)
+        axes.grid(axis="y")
+        _label(axes, title, x_label, y_label)
+        return _svg(figure, title)
+
+
 def spans_sizes(values: Sequence[float]) -> bool:
     """Whether values are all negative and spread so far that a log scale of their size shows them better."""
     return max(values) < 0 and min(values) / max(values) > _SPREAD

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mfm_ray.config import TrainConfig
 from mfm_ray.data import datasets
 from mfm_ray.data.shards import Manifest, read_manifest, write_shards
+from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
 from mfm_ray.networks import build_network
 from mfm_ray.settings import from_dict
@@ -196,7 +195,7 @@ def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
         check_comm_op()
     workers, each = num_workers(config), worker_resources(config, plan.cuda)
     wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
-    with ray_environment(), ProgressDisplay(log) as progress:
+    with environment_defaults(_RAY_ENVIRONMENT), ProgressDisplay(log) as progress:
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]
             train_loop_config={"plan": replace(plan, progress=progress.actor)},
@@ -204,7 +203,7 @@ def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
             run_config=RunConfig(
                 name=CHECKPOINTS,
-                **_ray_storage(plan.run),
+                **plan.run.for_ray,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
             ),
@@ -250,24 +249,6 @@ def room_for(each: Mapping[str, float]) -> int:
     wanted = {name: amount for name, amount in each.items() if amount > 0}
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in alive)
-
-
-def _ray_storage(run: Storage) -> dict[str, Any]:
-    if run.local_path is not None:
-        return {"storage_path": str(run.local_path)}
-    return {"storage_path": run.path, "storage_filesystem": run.filesystem}
-
-
-@contextmanager
-def ray_environment() -> Iterator[None]:
-    """Ray Train's own settings, which it reads from the driver's environment; what the user set stays."""
-    added = {name: value for name, value in _RAY_ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def root_cause(error: Exception) -> str:

@@ -1,0 +1,200 @@
+"""A sweep over the settings of `jobs.sample`, down to a Pareto front and presets: docs/sweeps.md.
+
+python -m jobs.tune sweep=guidance_scale model=runs/digits/model
+python -m jobs.tune sweep=methods model=runs/digits/model reward=brightness num_samples=256 prune_after=32
+python -m jobs.tune sweep=methods model=runs/digits/model resume=true
+ray job submit --working-dir . -- python -m jobs.tune sweep=methods model=/shared/model storage=/shared/runs
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.cluster import ray_cluster
+from jobs.contract import JobRun, Outcome, run_job
+from jobs.evaluation import REPORT, command_line
+from jobs.provenance import git_commit, versions
+from jobs.run_folder import RunFolder
+from jobs.sample_maker import draw_samples
+from jobs.sample_pool import choose_workers
+from jobs.sample_shards import checksum, deciding_settings, refuse_other_settings
+from jobs.workbench import Workbench
+from mfm_ray.config import SampleConfig, TuneConfig, flatten, to_dict
+from mfm_ray.errors import InputError
+from mfm_ray.settings import from_dict, nearest
+from mfm_ray.storage import Storage
+
+SWEEP, RESULTS, FRONT, PRESETS, PICTURES = "sweep.json", "results.parquet", "pareto.json", "presets.yaml", "pictures"
+_COMMON = {"sweep", "space", "num_trials", "objectives", "prune_after", "reduction_factor"}
+
+
+def check(config: TuneConfig) -> None:
+    """Every trial of the sweep can be built on the model, and an earlier call of this name had the same settings."""
+    bench = Workbench(config.model)
+    if not any(config.scaling.resources_per_worker.values()):
+        raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
+    if config.scaling.num_workers == 0:
+        raise InputError("scaling.num_workers=0: trials run on Ray workers; expected at least 1, or null")
+    if config.prune_after is not None and config.prune_after >= config.num_samples:
+        raise InputError(f"prune_after={config.prune_after}: expected less than num_samples={config.num_samples}")
+    judges: set[str] = set()
+    for settings in trial_settings(config).values():
+        trial = from_dict(SampleConfig, settings)
+        _, built = bench.build(trial)
+        bench.check(trial)
+        judges.update(built)
+    _check_objectives(config, judges, has_classifier=bench.has_classifier)
+    if config.resume:
+        run = RunFolder("tune", config).storage
+        refuse_other_settings(_earlier_sweep(run), sweep_settings(config), where=run.uri)
+
+
+def body(run: JobRun) -> Outcome:
+    """Makes the trials that are not there yet, and writes what all of them say."""
+    from mfm_ray.tuning.outputs import write_outputs
+    from mfm_ray.tuning.sweep import finished_trials
+
+    began = time.monotonic()
+    config: TuneConfig = run.config
+    plan = sweep_plan(config)
+    run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
+    earlier = finished_trials(run.storage, plan) if config.resume else {}
+    if config.resume:
+        run.log(f"{len(earlier)} of {len(plan.points)} trials are there already")
+    records = _run_missing(run, plan, earlier)
+    facts = {
+        "command": command_line("tune"),
+        "versions": versions(),
+        "git": git_commit(),
+        "settings": {key: value for key, value in flatten(to_dict(config)).items() if not isinstance(value, Mapping)},
+        "seconds": time.monotonic() - began,
+    }
+    metrics = write_outputs(run.storage, config, trial_settings(config), records, facts=facts, log=run.log)
+    return Outcome(
+        metrics=metrics,
+        artifacts={
+            "results": run.storage.uri_of(RESULTS),
+            "pareto": run.storage.uri_of(FRONT),
+            "presets": run.storage.uri_of(PRESETS),
+            "report": run.storage.uri_of(REPORT),
+        },
+    )
+
+
+def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int, Any]:
+    from mfm_ray.tuning.sweep import run_sweep
+    from mfm_ray.tuning.trial import TrialSpec
+
+    config: TuneConfig = run.config
+    num_missing = len(plan.points) - len(earlier)
+    if not num_missing:
+        return dict(earlier)
+    with ray_cluster(run.log):
+        workers = choose_workers(config.scaling, num_missing)
+        run.log(f"{num_missing} trials on {workers.num} workers, {workers.resources} each")
+        spec = TrialSpec(
+            load=SamplerOfModel(config.model, workers.device),
+            settings=trial_settings(config),
+            rungs=plan.pruning.rungs,
+            pictures=run.storage.child(PICTURES),
+            threads=max(1, int(workers.resources.get("CPU", 1.0))),
+        )
+        return run_sweep(
+            plan,
+            spec,
+            run.storage,
+            earlier,
+            num_workers=workers.num,
+            resources=workers.resources,
+            max_failures=workers.max_failures,
+            log=run.log,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOfModel:
+    """Loads the model in a worker; travels there in its place."""
+
+    model: str | None
+    device: str
+
+    def __call__(self) -> "ModelSampler":
+        return ModelSampler(Workbench(self.model), self.device)
+
+
+class ModelSampler:
+    """A loaded model that draws the samples of any trial (`mfm_ray.tuning.trial.TrialSampler`)."""
+
+    def __init__(self, bench: Workbench, device: str) -> None:
+        self._bench, self._device = bench, device
+        bench.flow_map.to(device)
+        self.classifier = bench.classifier if bench.has_classifier else None
+
+    def draw(self, settings: Mapping[str, Any], *, first_image: int, count: int) -> Any:
+        config = from_dict(SampleConfig, settings)
+        steering, judges = self._bench.build(config)
+        for module in (getattr(steering, "reward", None), *judges.values()):
+            if hasattr(module, "to"):
+                module.to(self._device)
+        drawn = draw_samples(self._bench.flow_map, steering, judges, config, first_image=first_image, count=count)
+        if drawn.rewards is not None and not bool(drawn.rewards.isfinite().all()):
+            raise InputError("reward: not finite for some of the samples")
+        return dataclasses.replace(drawn, images=drawn.images.cpu(), trace={})
+
+
+def sweep_plan(config: TuneConfig) -> Any:
+    """Points in their order, rungs, and the hash of what decides all trials."""
+    from mfm_ray.tuning.sweep import Pruning, SweepPlan
+    from mfm_ray.tuning.trial import rungs_of
+
+    metric, mode = next(iter(config.objectives.items()))
+    rungs = rungs_of(config.num_samples, config.prune_after, config.reduction_factor)
+    return SweepPlan(
+        points=_points(config),
+        decided_by=checksum(sweep_settings(config)),
+        pruning=Pruning(metric=metric, mode=mode, rungs=rungs, reduction_factor=config.reduction_factor),
+    )
+
+
+def trial_settings(config: TuneConfig) -> dict[int, dict[str, Any]]:
+    """The plain configuration of `jobs.sample` of every trial, by index. InputError naming the key that is wrong."""
+    from mfm_ray.tuning.space import settings_at
+
+    common = {key: value for key, value in to_dict(config).items() if key not in _COMMON}
+    return {index: settings_at(common, point) for index, point in enumerate(_points(config))}
+
+
+def sweep_settings(config: TuneConfig) -> dict[str, Any]:
+    """Everything that the table of the sweep depends on."""
+    asked = {key: getattr(config, key) for key in ("space", "num_trials", "prune_after", "reduction_factor")}
+    common = {key: value for key, value in deciding_settings(config).items() if key != "shard_size"}
+    return {**common, **asked, "objective": list(next(iter(config.objectives.items()), ()))}
+
+
+def _points(config: TuneConfig) -> list[dict[str, Any]]:
+    from mfm_ray.tuning.space import parse_space, plan_points
+
+    return plan_points(parse_space(config.space), num_trials=config.num_trials, seed=config.seed)
+
+
+def _check_objectives(config: TuneConfig, judges: set[str], *, has_classifier: bool) -> None:
+    known = ["reward", *(f"judge.{name}" for name in sorted(judges)), "nfe", "seconds", "diversity"]
+    known += ["confidence"] if has_classifier else []
+    if not config.objectives:
+        raise InputError(
+            f"objectives: empty; expected metrics such as {{reward: max, nfe: min}}, of {', '.join(known)}"
+        )
+    for name in config.objectives:
+        if name not in known:
+            close = nearest(name, known)
+            hint = f"; did you mean {close}?" if close else ""
+            raise InputError(f"objectives.{name}: expected metrics of {', '.join(known)}{hint}")
+
+
+def _earlier_sweep(run: Storage) -> dict[str, Any] | None:
+    return run.read_json(SWEEP) if run.is_file(SWEEP) else None
+
+
+if __name__ == "__main__":
+    run_job("tune", body, check=check)

@@ -1,0 +1,81 @@
+"""A model that is loaded once, and the steering methods, rewards and judges that configurations build on it."""
+
+from functools import cached_property
+from typing import Any
+
+from mfm_ray.config import SampleConfig
+from mfm_ray.errors import InputError
+from mfm_ray.storage import Storage
+
+
+class Workbench:
+    """A model directory in memory; what else it holds (classifier, held-out data) is read when first asked for."""
+
+    def __init__(self, model: str | None) -> None:
+        from mfm_ray.pretrained import load_flow_map
+
+        if model is None:
+            raise InputError("model=null: expected a model directory")
+        self.model = Storage(model)
+        self.flow_map = load_flow_map(self.model)
+        self._heldout: dict[str | None, Any] = {}
+
+    @cached_property
+    def classifier(self) -> Any:
+        """The class judge beside the model. InputError when there is none."""
+        from mfm_ray.pretrained import load_classifier
+
+        return load_classifier(self.model)
+
+    @property
+    def has_classifier(self) -> bool:
+        from mfm_ray.pretrained import CLASSIFIER_WEIGHTS
+
+        return self.model.is_file(CLASSIFIER_WEIGHTS)
+
+    def build(self, config: SampleConfig) -> tuple[Any, dict[str, Any]]:
+        """Steering method (None: unsteered) and judges by name."""
+        from mfm_ray.building import build_judges, build_reward, build_steering
+
+        sources: dict[str, Any] = {
+            "load_classifier": lambda: self.classifier,
+            "load_heldout": self._load_heldout,
+            "seed": config.seed,
+        }
+        reward = build_reward(config.reward, **sources)
+        if reward is not None and config.steering.get("name") == "none":
+            raise InputError(f"reward={config.reward['name']}: steering=none takes no reward; choose a steering")
+        return build_steering(config.steering, reward), build_judges(config.judges, **sources)
+
+    def check(self, config: SampleConfig) -> None:
+        """Label and guidance scale are ones that the model has."""
+        if config.label is not None and not config.label < self.flow_map.num_classes:
+            allowed = (
+                f"0 to {self.flow_map.num_classes - 1}"
+                if self.flow_map.num_classes
+                else "null: this model has no classes"
+            )
+            raise InputError(f"label={config.label}: expected {allowed}")
+        if config.cfg_scale is not None and config.cfg_scale not in self.flow_map.cfg_scales:
+            known = ", ".join(map(str, self.flow_map.cfg_scales)) or "null alone: this model has none"
+            raise InputError(f"cfg_scale={config.cfg_scale}: expected one of {known}")
+
+    def _load_heldout(self, place: str | None) -> Any:
+        if place not in self._heldout:
+            self._heldout[place] = _heldout(self.model, place)
+        return self._heldout[place]
+
+
+def _heldout(model: Storage, place: str | None) -> Any:
+    """Held-out images of prepared data, or of the bundled data that the model was trained on."""
+    from jobs.prepare_data import make_dataset
+    from mfm_ray.data.shards import load_split
+    from mfm_ray.pretrained import read_model_config
+
+    if place is not None:
+        return load_split(place, "heldout").data
+    name = read_model_config(model)["data"]["name"]
+    try:
+        return make_dataset(name).splits["heldout"].data
+    except InputError as error:
+        raise InputError(f"reward.data=null: {name} is not bundled; expected a folder of prepared data") from error
