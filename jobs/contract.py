@@ -40,11 +40,16 @@ _PLACE_KEYS = ("name", "storage", "experiment", "protocol", "data", "sweep")
 
 @dataclass(frozen=True, kw_only=True)
 class JobRun:
-    """What a body gets. `storage` is the run's own folder, `<storage>/<name>`; `config` the job's typed root."""
+    """What a body gets. `storage` is the run's own folder, `<storage>/<name>`; `config` the job's typed root.
+
+    publish: the result of a job that has what it was asked for and then goes on until it is stopped, as a server does:
+    result.json and the RESULT line come at once, and a signal is from then on its ordinary end (exit code 0).
+    """
 
     config: Any
     storage: Storage
     log: Callable[[str], None]
+    publish: Callable[["Outcome"], None] = field(default=lambda outcome: None)
 
     @property
     def seed(self) -> int:
@@ -103,6 +108,7 @@ class _Job:
         self.status: str | None = None
         self.error: str | None = None
         self.written = False
+        self.published: Outcome | None = None
         self.lock = threading.RLock()
 
     def run(self, body: Callable[[JobRun], Outcome], check: Callable[[Any], None] | None, signals: StopSignals) -> int:
@@ -121,7 +127,20 @@ class _Job:
 
     def record_stop(self) -> None:
         """Writes the result of a stopped run at once, should the process be killed before it ends by itself."""
-        self._settle("stopped", error="stopped by a signal before it was done")
+        if self.published is not None:
+            self._settle("ok", outcome=self.published)
+        else:
+            self._settle("stopped", error="stopped by a signal before it was done")
+
+    def publish(self, outcome: Outcome) -> None:
+        """As in `JobRun`. StorageError where result.json cannot be written."""
+        assert self.folder is not None
+        with self.lock:
+            if self.status is not None:
+                return  # a signal came first
+            self._write(self.folder.storage, self._result(outcome, status="ok"))
+            self.published = outcome
+        self._print_result()
 
     def report_stop(self) -> int:
         self.record_stop()
@@ -140,7 +159,7 @@ class _Job:
         clear = config.overwrite and not self.keeps_old_run
         self.folder.begin({"job": self.name, "started": _iso(self.started), "config": to_dict(config)}, clear=clear)
         self.holds_good = self.holds_good and not clear
-        return JobRun(config=config, storage=self.folder.storage, log=_log)
+        return JobRun(config=config, storage=self.folder.storage, log=_log, publish=self.publish)
 
     def _claim(self, config: JobConfig) -> None:
         if config.resume and config.overwrite and not self.keeps_old_run:
@@ -177,7 +196,7 @@ class _Job:
             self.status, self.error = status, error
             if self.folder is None or not self.may_write or (status == "invalid" and self.holds_good):
                 return
-            self._write(self.folder.storage, outcome or Outcome(), trace)
+            self._write(self.folder.storage, self._result(outcome or Outcome(), status=status), trace)
             self.written = True
         except (StorageError, TypeError, ValueError) as refusal:
             if status == "ok":
@@ -185,16 +204,16 @@ class _Job:
         finally:
             self.lock.release()
 
-    def _write(self, storage: Storage, outcome: Outcome, trace: str | None) -> None:
+    def _write(self, storage: Storage, result: dict[str, Any], trace: str | None = None) -> None:
         if trace is not None:
             storage.write_bytes(ERROR_LOG, trace.encode())
-        storage.write_json(RESULT, self._result(outcome))
+        storage.write_json(RESULT, result)
 
-    def _result(self, outcome: Outcome) -> dict[str, Any]:
+    def _result(self, outcome: Outcome, *, status: str) -> dict[str, Any]:
         assert self.folder is not None
         return {
             "job": self.name,
-            "status": self.status,
+            "status": status,
             "error": self.error,
             "name": self.folder.name,
             "seed": self.config.seed if self.config else None,
@@ -211,9 +230,13 @@ class _Job:
         """The line on stderr, the last line on stdout, and the exit code."""
         if self.error is not None:
             print(f"jobs.{self.name}: {self.error}", file=sys.stderr, flush=True)
-        if self.written and self.folder is not None:
-            print(f"RESULT {self.folder.storage.uri_of(RESULT)}", flush=True)
+        if self.written:
+            self._print_result()
         return EXIT_CODES[self.status or "failed"]
+
+    def _print_result(self) -> None:
+        assert self.folder is not None
+        print(f"RESULT {self.folder.storage.uri_of(RESULT)}", flush=True)
 
 
 def _log(line: str) -> None:

@@ -45,6 +45,11 @@ BODY = textwrap.dedent(
                 pass
         if run.config.name == "slow":
             time.sleep(60)
+        if run.config.name.startswith("server"):
+            run.publish(Outcome(metrics={"loss": 0.5}, artifacts={"endpoint": "http://127.0.0.1:1"}))
+            if run.config.name == "server-broken":
+                raise RuntimeError("it broke later")
+            time.sleep(60)
         return Outcome(metrics={"loss": 0.5, "nothing": float("nan")}, artifacts={"model": "some/model"})
 
     run_job("export", body, check=check)
@@ -149,6 +154,31 @@ def test_signal_stops_a_job_within_three_seconds(tmp_path: Path, start: Any, nam
     assert job.result["status"] == "stopped"
     assert job.announced
     assert job.stderr.count("\n") == 1
+
+
+def test_a_job_that_serves_says_its_result_at_once_and_ends_well_when_it_is_stopped(tmp_path: Path, start: Any) -> None:
+    process = start("name=server")
+    folder = tmp_path / "runs" / "server"
+    said = [process.stdout.readline() for _ in range(2)]
+    assert said == ["working\n", f"RESULT {folder}/result.json\n"]
+    running = json.loads((folder / "result.json").read_text())
+    assert (running["status"], running["artifacts"]) == ("ok", {"endpoint": "http://127.0.0.1:1"})
+    process.send_signal(signal.SIGINT)
+    job = Finished(process, folder)
+    assert job.code == 0
+    assert job.announced
+    assert job.stderr == ""
+    assert job.result is not None
+    assert job.result["artifacts"] == running["artifacts"]
+
+
+def test_a_job_that_serves_and_breaks_has_failed(tmp_path: Path, start: Any) -> None:
+    job = Finished(start("name=server-broken"), tmp_path / "runs" / "server-broken")
+    assert job.code == 1
+    assert job.announced
+    assert "it broke later" in job.stderr
+    assert job.result is not None
+    assert job.result["status"] == "failed"
 
 
 def test_submitted_job_refuses_relative_storage(tmp_path: Path, start: Any) -> None:
