@@ -4,7 +4,8 @@ ray job submit --working-dir . -- python -m jobs.deploy model=/shared/runs/digit
 python -m jobs.deploy model=runs/digits/model rewards=[symmetry,brightness] port=8001
 
 On a cluster that is running the job ends as soon as the endpoint answers, and `serve shutdown -y` ends the application.
-Where there is no cluster it has to hold its own, and serves until Ctrl-C.
+Where there is no cluster it has to hold its own: it prints RESULT as soon as the endpoint answers, and serves on until
+Ctrl-C, its ordinary end.
 """
 
 import threading
@@ -19,8 +20,8 @@ from mfm_ray.config import DeployConfig
 def deployment_of(config: DeployConfig) -> Any:
     from serve.deploying import read_deployment
 
-    given = {"model": config.model, "rewards": config.rewards, "keys_file": config.keys_file}
-    args = {key: value for key, value in given.items() if value is not None}
+    taken = ("model", "rewards", "presets", "keys_file")
+    args = {key: getattr(config, key) for key in taken if getattr(config, key) is not None}
     return read_deployment(config.config, args=args, port=config.port)
 
 
@@ -36,17 +37,19 @@ def check(config: DeployConfig) -> None:
 
 
 def body(run: JobRun) -> Outcome:
-    from serve.deploying import bring_up, notice
+    from serve.deploying import bring_up, notice, shape_errors_of_serve
 
     config: DeployConfig = run.config
     deployment, stays = deployment_of(config), joins_a_cluster()
     began = time.monotonic()
+    shape_errors_of_serve()
     with ray_cluster(run.log):
         endpoint = bring_up(deployment, timeout_s=config.start_timeout_s)
         outcome = Outcome(metrics={"seconds_to_ready": time.monotonic() - began}, artifacts={"endpoint": endpoint})
         run.log(f"serving at {endpoint}; {notice(deployment)}")
         if not stays:
             run.log("this job holds the cluster: Ctrl-C ends it")
+            run.publish(outcome)
             threading.Event().wait()
     return outcome
 

@@ -198,6 +198,7 @@ class DemoConfig(JobConfig):
 class DeployConfig(JobConfig):
     model: str | list[str] | None = setting("model directory, or a list of them; null: what the config says")
     rewards: list[str] | None = setting("rewards that are served, by name; null: what the config says")
+    presets: str | None = setting("presets.yaml of a sweep, which quality means; null: what the config says")
     config: str = setting("file in Ray Serve's own schema: replicas, resources, scaling, limits")
     keys_file: str | None = setting("file of accepted keys, one a line; null: MFM_RAY_API_KEYS alone")
     port: int | None = setting("HTTP port; null: what the config says", minimum=1, maximum=65535)

@@ -1,6 +1,6 @@
 """`make serve`: serves the demo's model and all its rewards until Ctrl-C; trains the model first when there is none.
 
-python -m scripts.run_server [model=DIRECTORY] [rewards=symmetry,brightness] [port=8000] [keys_file=FILE]
+python -m scripts.run_server [model=DIRECTORY] [rewards=symmetry,brightness] [presets=FILE] [port=8000] [keys_file=FILE]
 """
 
 import signal
@@ -14,7 +14,7 @@ from mfm_ray.errors import InputError
 from mfm_ray.settings import nearest
 
 DEMO_MODEL = Path("outputs/demo/model")
-KEYS = ("model", "rewards", "port", "keys_file")
+KEYS = ("model", "rewards", "presets", "port", "keys_file")
 
 
 def main(words: list[str]) -> int:
@@ -46,13 +46,14 @@ def read_words(words: list[str]) -> dict[str, str]:
 def serve_until_stopped(given: dict[str, str]) -> None:
     from ray import serve
 
-    from serve.deploying import bring_up, notice, read_deployment, require_free_port
+    from serve.deploying import bring_up, notice, read_deployment, require_free_port, shape_errors_of_serve
 
     port = int(given.pop("port", "8000"))
     deployment = read_deployment(None, args=given, port=port)
     if not joins_a_cluster():
         require_free_port(deployment)
     stopped = threading.Event()
+    shape_errors_of_serve()
     with ray_cluster(lambda line: print(line, flush=True)):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())

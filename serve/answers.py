@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from .errors import ApiError
 from .generation import Finished, Generation, Preview
 from .pictures import encode_png
 
 OUTPUT_FORMAT, BACKGROUND = "png", "opaque"
+KEEP_ALIVE = ": keep-alive\n\n"
+"""A comment of server-sent events, which clients skip; proxies on the way see that the connection lives."""
 
 
 def generation_answer(generation: Generation, done: Finished) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def generation_answer(generation: Generation, done: Finished) -> dict[str, Any]:
         "quality": generation.quality,
         "size": generation.size,
         "model": generation.model,
+        "cfg_scale": generation.cfg_scale,
         "data": [_image(generation, done, index) for index in range(len(done.images))],
         "usage": usage(done, len(done.images)),
         "steering": steering_as_done(generation, done),
@@ -52,6 +54,7 @@ def completed_events(generation: Generation, done: Finished) -> list[dict[str, A
             **_image(generation, done, index),
             **_of_every_event(generation),
             "usage": usage(done, 1),
+            "cfg_scale": generation.cfg_scale,
             "steering": steering_as_done(generation, done),
         }
         for index in range(len(done.images))
@@ -60,11 +63,6 @@ def completed_events(generation: Generation, done: Finished) -> list[dict[str, A
 
 def server_sent(event: dict[str, Any]) -> str:
     return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
-
-
-def error_event(error: ApiError) -> str:
-    """An error after the answer has begun; OpenAI's clients raise it."""
-    return f"event: error\ndata: {json.dumps({'type': 'error', **error.body()})}\n\n"
 
 
 def usage(done: Finished, num_images: int) -> dict[str, Any]:

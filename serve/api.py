@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import torch
@@ -14,29 +14,38 @@ from starlette.exceptions import HTTPException
 
 from mfm_ray.settings import nearest
 
-from .answers import completed_events, error_event, generation_answer, preview_events, server_sent
+from .answers import KEEP_ALIVE, completed_events, generation_answer, preview_events, server_sent
 from .backend import Backend
 from .catalogue import describe
-from .errors import ApiError, deadline_passed, internal, too_busy, wrong_value
+from .errors import ApiError, deadline_passed, error_event, internal, too_busy, wrong_value
 from .gate import BodyTooLargeError, Gate, log, too_large
 from .generation import Event, Finished, Generation, Preview
+from .heartbeat import with_heartbeats
 from .idempotency import HEADER, MAX_LENGTH, Idempotency, seed_of
 from .keys import Keys
 from .metrics import requests_total
+from .models import ModelCard
 from .pictures import decode_png
 from .resolve import Resolver, at_most
 from .schema import GenerationRequest, RewardRequest, ScoreRequest
 
+_UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""For proxies on the way: an event is passed on at once, and never answered from a cache."""
 _FIELDS = {
     "": GenerationRequest.model_fields,
     "steering.rewards": RewardRequest.model_fields,
 }
 
 
-def build_api(backend: Backend, resolver: Resolver, keys: Keys, *, names_requests: bool = True) -> FastAPI:
-    """The ASGI application over a backend. names_requests: as in `Gate`."""
+def build_api(
+    backend: Backend, resolver: Resolver, keys: Keys, *, heartbeat_s: float = 10.0, names_requests: bool = True
+) -> FastAPI:
+    """The ASGI application over a backend.
+
+    heartbeat_s: a stream with nothing to say for so long sends a comment. names_requests: as in `Gate`.
+    """
     app = FastAPI(title="mfm-ray", description="Reward-steered generation with Meta Flow Maps: OpenAI's Images API.")
-    routes = Routes(backend, resolver)
+    routes = Routes(backend, resolver, heartbeat_s)
     app.post("/v1/images/generations")(routes.generate)
     app.post("/v1/rewards/{name}/score")(routes.score)
     app.get("/v1/models")(routes.models)
@@ -55,8 +64,8 @@ def build_api(backend: Backend, resolver: Resolver, keys: Keys, *, names_request
 class Routes:
     """One method a route."""
 
-    def __init__(self, backend: Backend, resolver: Resolver) -> None:
-        self._backend, self._resolver = backend, resolver
+    def __init__(self, backend: Backend, resolver: Resolver, heartbeat_s: float) -> None:
+        self._backend, self._resolver, self._heartbeat_s = backend, resolver, heartbeat_s
         self._idempotency = Idempotency()
         self._in_flight = 0
 
@@ -66,9 +75,10 @@ class Routes:
         seed = None if repeat is None else seed_of(caller, repeat)
         generation = self._resolver.generation(body, key=caller, seed=seed)
         if body.stream:
-            events = self._events(generation)
+            events = with_heartbeats(self._events(generation), self._heartbeat_s)
             first = await anext(events)  # what is refused before it began gets a status of its own
-            return StreamingResponse(_server_sent(generation, first, events), media_type="text/event-stream")
+            lines = _server_sent(generation, first, events)
+            return StreamingResponse(lines, media_type="text/event-stream", headers=_UNBUFFERED)
         if repeat is None:
             return JSONResponse(await self._images(generation))
         text = body.model_dump_json(exclude_unset=True)
@@ -87,11 +97,11 @@ class Routes:
 
     async def models(self) -> dict[str, Any]:
         """What is served."""
-        return {"object": "list", "data": [card.description() for card in self._resolver.models.values()]}
+        return {"object": "list", "data": [self._described(card) for card in self._resolver.models.values()]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """One served model."""
-        return self._resolver.model(name).description()
+        return self._described(self._resolver.model(name))
 
     async def rewards(self) -> dict[str, Any]:
         """Rewards that steer and score here, with their parameters, ranges and defaults."""
@@ -110,6 +120,11 @@ class Routes:
 
     async def index(self) -> Response:
         return Response("mfm-ray serves here; its routes and their fields are at /docs\n", media_type="text/plain")
+
+    def _described(self, card: ModelCard) -> dict[str, Any]:
+        """The entry of GET /v1/models. presets: what each quality means here, empty for the built-in ones."""
+        presets = self._resolver.presets.get(card.id, {})
+        return {**card.description(), "presets": {name: preset.description() for name, preset in presets.items()}}
 
     async def _images(self, generation: Generation) -> dict[str, Any]:
         async for event in self._events(generation):
@@ -154,7 +169,9 @@ async def _within_deadline(events: AsyncIterator[Event], deadline_s: float | Non
             raise deadline_passed(deadline_s) from error
 
 
-async def _server_sent(generation: Generation, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+async def _server_sent(
+    generation: Generation, first: Event | None, events: AsyncGenerator[Event | None, None]
+) -> AsyncIterator[str]:
     try:
         for line in _lines(generation, first):
             yield line
@@ -166,10 +183,14 @@ async def _server_sent(generation: Generation, first: Event, events: AsyncIterat
     except Exception:
         log.exception("a stream failed")
         yield error_event(internal())
+    finally:
+        await events.aclose()  # a client that went away: whatever makes its images is told to stop
 
 
-def _lines(generation: Generation, event: Event) -> list[str]:
+def _lines(generation: Generation, event: Event | None) -> list[str]:
     """An event as a client sees it; some are for nobody."""
+    if event is None:
+        return [KEEP_ALIVE]
     if isinstance(event, Preview):
         return [server_sent(shown) for shown in preview_events(generation, event)]
     if isinstance(event, Finished):

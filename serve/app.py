@@ -17,11 +17,14 @@ from mfm_ray.errors import InputError
 from .api import build_api
 from .backend import ServeBackend
 from .catalogue import KINDS, rewards_of
+from .errors import RETRY_AFTER_S, ApiError
 from .keys import OPEN, Keys
 from .models import ModelCard, read_models
+from .presets import SteeringPreset, read_presets
 from .resolve import Resolver
 from .reward import reward_deployment
 from .sampler import sampler_deployment
+from .schema import GenerationRequest
 from .settings import AppSettings, RewardSettings
 
 log = logging.getLogger(__name__)
@@ -33,7 +36,7 @@ class Endpoint:
 
     def __init__(
         self,
-        cards: Mapping[str, ModelCard],
+        resolver: Resolver,
         rewards: list[RewardSettings],
         settings: AppSettings,
         sampler: Any,
@@ -44,22 +47,46 @@ class Endpoint:
             log.warning(OPEN)
         scorers = {r.name: (True, handles[r.name]) if r.name in handles else (False, sampler) for r in rewards}
         self._backend = ServeBackend(sampler, scorers, resume_attempts=settings.resume_attempts)
-        self._resolver = Resolver(cards, [reward.name for reward in rewards], settings.limits)
+        self._resolver, self._heartbeat_s = resolver, settings.heartbeat_s
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self._backend, self._resolver, self._keys, names_requests=False)
+        return build_api(self._backend, self._resolver, self._keys, heartbeat_s=self._heartbeat_s, names_requests=False)
 
 
 def build_app(args: AppSettings) -> serve.Application:
     """The application of these settings. InputError, before any resource is taken, for what cannot be served."""
     cards = read_models(args.model)
     rewards = _served_rewards(args, cards)
+    resolver = _resolver(args, cards, rewards)
     Keys.load(args.keys_file)
     listed = list(cards.values())
     handles = {reward.name: reward_deployment(listed, reward) for reward in rewards if reward.placement == "deployment"}
     sampler = sampler_deployment(listed, args.sampler, rewards, handles, max_rows_waiting=args.limits.rows_waiting)
-    options = {"name": "endpoint", "max_ongoing_requests": 2048, **args.ingress.options()}
-    return serve.deployment(**options)(Endpoint).bind(cards, rewards, args, sampler, handles)
+    # Serve's own refusals: where an operator bounds its queue, what is above gets 429 as it does from the endpoint
+    refusals = {"status_code": 429, "retry_after_s": RETRY_AFTER_S}
+    options = {"max_ongoing_requests": 2048, "backpressure_config": refusals, **args.ingress.options()}
+    return serve.deployment(name="endpoint", **options)(Endpoint).bind(resolver, rewards, args, sampler, handles)
+
+
+def _resolver(args: AppSettings, cards: Mapping[str, ModelCard], rewards: list[RewardSettings]) -> Resolver:
+    """What judges requests. InputError for a preset that no request could have, such as one above the limits."""
+    names = [reward.name for reward in rewards]
+    resolver = Resolver(cards, names, args.limits, presets=read_presets(args.presets, cards))
+    for model, presets in resolver.presets.items():
+        allowed = [name for name in rewards_of(cards[model]) if name in names]
+        for quality, preset in presets.items():
+            try:
+                resolver.generation(_request_of(model, quality, preset, allowed))
+            except ApiError as error:
+                raise InputError(f"presets: {quality} of {model}: {error.message}") from error
+    return resolver
+
+
+def _request_of(model: str, quality: str, preset: SteeringPreset, rewards: list[str]) -> GenerationRequest:
+    """A request that leaves everything to the preset."""
+    wishes = [{"name": name} for name in rewards[:1]] if preset.method != "none" else []
+    steering = {"method": preset.method, "rewards": wishes}
+    return GenerationRequest.model_validate({"model": model, "quality": quality, "steering": steering})
 
 
 def _served_rewards(args: AppSettings, cards: Mapping[str, ModelCard]) -> list[RewardSettings]:

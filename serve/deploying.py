@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from .settings import AppSettings
 _POLL_S = 0.5
 LOOPBACK = "127.0.0.1"
 IMPORT_PATH = "serve.app:build_app"
+_BEYOND_DEADLINE_S = 30.0
+"""After which Serve's proxy gives up on an endpoint that has not answered at the longest deadline of a request."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,17 @@ def bring_up(deployment: Deployment, *, timeout_s: float = 300.0) -> str:
     """
     host, port = deployment.address()
     app = build_app(deployment.settings)
-    serve.start(http_options={"host": host, "port": port})
+    patience_s = deployment.settings.limits.deadline_s + _BEYOND_DEADLINE_S
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": patience_s})
     serve.run_many([serve.RunTarget(app, name=deployment.app, route_prefix="/")], wait_for_applications_running=False)
     _wait_until_running(deployment.app, timeout_s)
     return endpoint()
+
+
+def shape_errors_of_serve() -> None:
+    """Lets a local Ray that this process starts answer by `edge` what its proxies refuse themselves. On a cluster that
+    is running the operator sets the variable where its head is started (docs/serving.md)."""
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.edge:middlewares")
 
 
 def _wait_until_running(app: str, timeout_s: float) -> None:

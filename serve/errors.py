@@ -1,10 +1,12 @@
-"""Errors as clients see them: OpenAI's shape, one line that names field, value and what is allowed; never a trace."""
+"""Errors as clients see them: OpenAI's shape, one line that names field, value and what is allowed; never a trace.
+
+Serve's proxies import this (`edge`), so torch, which comes with `mfm_ray`, is not imported at the top.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
-
-from mfm_ray.errors import InputError
 
 
 class ApiError(Exception):
@@ -43,7 +45,14 @@ class ApiError(Exception):
         return headers
 
 
+RETRY_AFTER_S = 1
+"""Seconds after which to come back where a queue is full; steps are short."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_event(error: ApiError) -> str:
+    """An error after a stream has begun; OpenAI's clients raise it."""
+    return f"event: error\ndata: {json.dumps({'type': 'error', **error.body()})}\n\n"
 
 
 def wrong_value(param: str, message: str) -> ApiError:
@@ -55,6 +64,8 @@ def from_input_error(error: ValueError, *, within: str = "") -> ApiError:
 
     within: the field of the request that the library looked at; put in front where the line does not have it.
     """
+    from mfm_ray.errors import InputError
+
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     named = line.partition(":")[0].partition("=")[0].strip() if isinstance(error, InputError) else ""
     if within and not named.startswith(within):
@@ -73,7 +84,7 @@ def unknown_reward(name: str, known: list[str], *, param: str) -> ApiError:
 
 
 def too_busy(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full", retry=True, retry_after_s=1)
+    return ApiError(429, message, code="queue_full", retry=True, retry_after_s=RETRY_AFTER_S)
 
 
 def part_down(message: str, *, code: str = "unavailable") -> ApiError:

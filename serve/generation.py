@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from mfm_ray.rewards import Minimum, WeightedSum
+
+COMBINED: dict[str, type[WeightedSum] | type[Minimum]] = {"sum": WeightedSum, "minimum": Minimum}
+"""What several rewards of a request amount to, by the name that requests give it."""
+
 
 @dataclass(frozen=True)
 class RewardChoice:
@@ -22,8 +27,8 @@ class RewardChoice:
 class Generation:
     """A request with nothing left open: equal generations give equal images.
 
-    method, arguments: as `mfm_ray.building.build_steering` takes them. key: who asks, for fairness. previews: how many
-    times posterior draws are shown on the way.
+    method, arguments: as `mfm_ray.building.build_steering` takes them. combine: a name in `COMBINED`. key: who asks,
+    for fairness. previews: how many times posterior draws are shown on the way. source: checkpoint of the model.
     """
 
     model: str
@@ -39,8 +44,10 @@ class Generation:
     max_nfe: int | None = None
     deadline_s: float | None = None
     on_reward_failure: str = "fail"
+    combine: str = "sum"
     key: str = ""
     previews: int = 0
+    source: str = ""
     quality: str = "auto"
     size: str = "auto"
 
@@ -55,6 +62,7 @@ class Generation:
         return {
             "method": self.method,
             "rewards": rewards,
+            "combine": self.combine,
             **self.arguments,
             "num_steps": self.num_steps,
             "dynamics": self.dynamics,

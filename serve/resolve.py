@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -22,34 +22,56 @@ from mfm_ray.steering.draws import most_draws
 
 from .catalogue import resolve_params, rewards_of, titles
 from .errors import from_input_error, unknown_model, unknown_reward, wrong_value
-from .generation import Generation, RewardChoice
+from .generation import COMBINED, Generation, RewardChoice
 from .models import ModelCard
+from .presets import NOT_ASKED, SteeringPreset
 from .schema import MAX_SEED, GenerationRequest, RewardRequest, SteeringRequest
 from .settings import Limits
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A preset. draws_factor: on the method's own number of posterior draws."""
+    """What a quality means for any method. draws_factor: on the method's own number of posterior draws."""
 
     num_steps: int
     draws_factor: int = 1
 
 
-QUALITIES = {"low": Quality(25), "medium": Quality(50), "high": Quality(100, draws_factor=4)}
+BUILT_IN = {"low": Quality(25), "medium": Quality(50), "high": Quality(100, draws_factor=4)}
+"""Where no sweep says better."""
 AUTO = "medium"
-_NOT_ASKED = ("reward", "draws_at_once")
-"""Arguments of methods that are the server's business."""
-_NOT_OF_THE_METHOD = {"method", "rewards", "num_steps", "dynamics", "max_nfe", "deadline_s", "on_reward_failure"}
+_NOT_OF_THE_METHOD = {
+    "method",
+    "rewards",
+    "combine",
+    "num_steps",
+    "dynamics",
+    "max_nfe",
+    "deadline_s",
+    "on_reward_failure",
+}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a request comes to: the method, cut to its budget, and its steps."""
+
+    method: Steering
+    num_steps: int
+    max_nfe: int | None
 
 
 @dataclass(frozen=True)
 class Resolver:
-    """What is served, and how much of it one request may have. rewards: names that are served."""
+    """What is served, and how much of it one request may have.
+
+    rewards: names that are served. presets: of sweeps, by model and quality; `BUILT_IN` where there are none.
+    """
 
     models: Mapping[str, ModelCard]
     rewards: Sequence[str]
     limits: Limits
+    presets: Mapping[str, Mapping[str, SteeringPreset]] = field(default_factory=dict)
 
     def model(self, name: str | None) -> ModelCard:
         """The model that a request names, or the only one. ApiError 404, or 400 where a name is missing."""
@@ -82,22 +104,26 @@ class Resolver:
         if request.size not in (None, "auto", card.size):
             raise wrong_value("size", f"size={request.size}: expected auto or {card.size}")
         quality = AUTO if request.quality in (None, "auto") else str(request.quality)
-        rewards = self._rewards(steering.rewards, card)
-        method, num_steps = self._method(steering, QUALITIES[quality], any_rewards=bool(rewards))
+        rewards = self._rewards(steering, card)
+        preset = self._preset(card, quality, steering, any_rewards=bool(rewards))
+        plan = self._plan(steering, quality, preset, any_rewards=bool(rewards))
+        method = plan.method
         generation = Generation(
             model=card.id,
+            source=card.source,
             method=_name_of(method),
             arguments=_arguments_of(method),
             rewards=() if isinstance(method, Unguided) else rewards,
             num_images=request.n or 1,
-            num_steps=num_steps,
-            dynamics=_dynamics(steering, method),
+            num_steps=plan.num_steps,
+            dynamics=_dynamics(steering, preset, method),
             seed=_seed(request.seed, seed),
             label=_label(request, card),
-            cfg_scale=_cfg_scale(request.cfg_scale, card),
-            max_nfe=steering.max_nfe,
+            cfg_scale=_cfg_scale(request, preset, card),
+            max_nfe=plan.max_nfe,
             deadline_s=self._deadline(steering),
             on_reward_failure=steering.on_reward_failure,
+            combine=steering.combine,
             key=key,
             previews=(request.partial_images or 0) if request.stream else 0,
             quality=quality,
@@ -106,18 +132,30 @@ class Resolver:
         at_most("steering", row_steps(generation), limits.row_steps, "n x particles x draws x steps")
         return generation
 
-    def _rewards(self, requested: Sequence[RewardRequest], card: ModelCard) -> tuple[RewardChoice, ...]:
+    def _rewards(self, steering: SteeringRequest, card: ModelCard) -> tuple[RewardChoice, ...]:
+        requested = steering.rewards
         at_most("steering.rewards", len(requested), self.limits.rewards, "rewards")
         chosen = []
         for index, (reward, title) in enumerate(zip(requested, titles([r.name for r in requested]), strict=True)):
             place = f"steering.rewards[{index}]"
+            _require_weight(reward, steering.combine, place)
             params = self.reward_params(reward.name, card, reward.params, place=f"{place}.params", of=f"{place}.name")
             chosen.append(RewardChoice(title, reward.name, reward.weight, params))
         return tuple(chosen)
 
-    def _method(self, steering: SteeringRequest, quality: Quality, *, any_rewards: bool) -> tuple[Steering, int]:
+    def _preset(
+        self, card: ModelCard, quality: str, steering: SteeringRequest, *, any_rewards: bool
+    ) -> SteeringPreset | None:
+        """The sweep's preset of that quality, where there is one and it is of the request's method."""
+        preset = self.presets.get(card.id, {}).get(quality)
+        return preset if preset is not None and preset.suits(steering.method, any_rewards=any_rewards) else None
+
+    def _plan(
+        self, steering: SteeringRequest, quality: str, preset: SteeringPreset | None, *, any_rewards: bool
+    ) -> _Plan:
         """The method (around a reward that stands in) and its steps, cut to max_nfe where there is one."""
-        name = steering.method or ("gradient" if any_rewards else "none")
+        by_rewards = "gradient" if any_rewards else "none"
+        name = steering.method or (preset.method if preset else by_rewards)
         if any_rewards and name == "none":
             raise wrong_value("steering.method", "steering.method=none: takes no rewards; choose a method that steers")
         if not any_rewards and name != "none":
@@ -125,24 +163,25 @@ class Resolver:
         _refuse_unknown(steering)
         given = {key: getattr(steering, key) for key in steering.model_fields_set - _NOT_OF_THE_METHOD}
         stated = {key: value for key, value in given.items() if value is not None or key == "trust_region"}
-        arguments = {**_defaults(name, quality), **stated}
-        self._limit(arguments, steering.num_steps)
-        num_steps = steering.num_steps or quality.num_steps
+        arguments = {**(preset.arguments if preset else _defaults(name, BUILT_IN[quality])), **stated}
+        num_steps = steering.num_steps or (preset or BUILT_IN[quality]).num_steps
+        max_nfe = preset.max_nfe if preset and "max_nfe" not in steering.model_fields_set else steering.max_nfe
+        self._limit(arguments, num_steps)
         try:
             method = build_steering({"name": name, **arguments}, _stand_in) or Unguided()
-            if steering.max_nfe is not None:
-                method, num_steps = within_budget(method, num_steps, steering.max_nfe)
+            if max_nfe is not None:
+                method, num_steps = within_budget(method, num_steps, max_nfe)
         except ValueError as error:
             raise from_input_error(error, within="steering") from error
-        return method, num_steps
+        return _Plan(method, num_steps, max_nfe)
 
-    def _limit(self, arguments: Mapping[str, Any], num_steps: int | None) -> None:
+    def _limit(self, arguments: Mapping[str, Any], num_steps: int) -> None:
         draws, particles = arguments.get("num_draws"), arguments.get("num_particles")
         if isinstance(draws, int):
             at_most("steering.num_draws", draws, self.limits.draws, "draws")
         if isinstance(particles, int):
             at_most("steering.num_particles", particles, self.limits.particles, "particles")
-        at_most("steering.num_steps", num_steps or 1, self.limits.steps, "steps")
+        at_most("steering.num_steps", num_steps, self.limits.steps, "steps")
 
     def _deadline(self, steering: SteeringRequest) -> float:
         longest = self.limits.deadline_s
@@ -164,6 +203,13 @@ def rows_of(generation: Generation) -> int:
     return generation.num_images * generation.arguments.get("num_particles", 1) * draws
 
 
+def _require_weight(reward: RewardRequest, combine: str, place: str) -> None:
+    try:
+        COMBINED[combine].require_weight(reward.weight)
+    except InputError as error:
+        raise from_input_error(error, within=place) from error
+
+
 def at_most(param: str, value: int, limit: int, what: str) -> None:
     if value > limit:
         raise wrong_value(param, f"{param}: {value} {what}; expected at most {limit}")
@@ -178,12 +224,12 @@ def _stand_in(samples: Tensor) -> Tensor:
 def _configured(method: str) -> dict[str, Any]:
     """The method's own file of `mfm_ray/conf/steering`, where defaults stand."""
     configured = yaml.safe_load((resources.files("mfm_ray.conf") / "steering" / f"{method}.yaml").read_text())
-    return {key: value for key, value in configured.items() if key not in ("name", *_NOT_ASKED)}
+    return {key: value for key, value in configured.items() if key not in ("name", *NOT_ASKED)}
 
 
 def _refuse_unknown(steering: SteeringRequest) -> None:
     """Names that no method has; those of another method are refused by the constructor."""
-    methods = {field.name for cls in STEERING.values() for field in dataclasses.fields(cls)} - set(_NOT_ASKED)
+    methods = {field.name for cls in STEERING.values() for field in dataclasses.fields(cls)} - set(NOT_ASKED)
     known = {*SteeringRequest.model_fields, *methods}
     for name, value in (steering.model_extra or {}).items():
         if name not in known:
@@ -209,7 +255,7 @@ def _arguments_of(method: Steering) -> dict[str, Any]:
     """The arguments that make the method again, but its reward; draws_at_once is the sampler's own business."""
     if isinstance(method, Unguided) or not dataclasses.is_dataclass(method):
         return {}
-    own = [field.name for field in dataclasses.fields(method) if field.name not in _NOT_ASKED]
+    own = [field.name for field in dataclasses.fields(method) if field.name not in NOT_ASKED]
     return {name: _plain(getattr(method, name)) for name in own}
 
 
@@ -217,8 +263,8 @@ def _plain(value: Any) -> Any:
     return "auto" if isinstance(value, AutoDraws) else value
 
 
-def _dynamics(steering: SteeringRequest, method: Steering) -> str:
-    dynamics = steering.dynamics or method.default_dynamics
+def _dynamics(steering: SteeringRequest, preset: SteeringPreset | None, method: Steering) -> str:
+    dynamics = steering.dynamics or (preset.dynamics if preset else None) or method.default_dynamics
     if isinstance(method, SMC) and dynamics == "ode":
         raise wrong_value("steering.dynamics", "steering.dynamics=ode: expected sde; smc weighs random transitions")
     return dynamics
@@ -249,7 +295,10 @@ def _label(request: GenerationRequest, card: ModelCard) -> int | None:
     return label
 
 
-def _cfg_scale(given: float | None, card: ModelCard) -> float | None:
+def _cfg_scale(request: GenerationRequest, preset: SteeringPreset | None, card: ModelCard) -> float | None:
+    given = request.cfg_scale
+    if preset is not None and "cfg_scale" not in request.model_fields_set:
+        given = preset.cfg_scale
     if given is not None and given not in card.cfg_scales:
         known = ", ".join(map(str, card.cfg_scales)) or "null alone: this model has none"
         raise wrong_value("cfg_scale", f"cfg_scale={given:g}: expected one of {known}")

@@ -21,11 +21,22 @@ from mfm_ray.engine import Engine, EngineClosedError, Job, Pass, Snapshot, Ticke
 from mfm_ray.engine import Finished as Samples
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.pretrained import load_flow_map
-from mfm_ray.rewards import RewardError, WeightedSum
+from mfm_ray.rewards import RewardError
 from mfm_ray.steering import Reward, Steering, Unguided, score
 
 from .autoscaling import ROWS, with_policy
-from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
+from .generation import (
+    COMBINED,
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Generation,
+    Preview,
+    Progress,
+    Refused,
+    RewardChoice,
+)
 from .metrics import SamplerMetrics
 from .models import ModelCard
 from .remote_reward import Line, RemoteReward, RewardDownError
@@ -75,13 +86,13 @@ class RequestRewards:
             return self._built.get(model, name, params)
 
     def total(self, generation: Generation) -> Reward:
-        """The weighted sum, or the only reward when its weight is 1."""
+        """All together as the request says, or the only reward when its weight is 1."""
         parts = self.of(generation)
         weights = [choice.weight for choice in generation.rewards]
         if len(parts) == 1 and weights == [1.0]:
             return next(iter(parts.values()))
-        key = (tuple(id(part) for part in parts.values()), tuple(weights))
-        return self._kept(key, lambda: WeightedSum(rewards=list(parts.values()), weights=weights))
+        key = (generation.combine, tuple(id(part) for part in parts.values()), tuple(weights))
+        return self._kept(key, lambda: COMBINED[generation.combine](rewards=list(parts.values()), weights=weights))
 
     def _part(self, model: str, choice: RewardChoice, params: str) -> Reward:
         if choice.name in self._lines:
@@ -165,6 +176,8 @@ class Sampler:
         if model.engine.load()["rows_waiting"] + rows_of(generation) > max(self._max_rows_waiting, rows_of(generation)):
             yield Refused(f"{self._max_rows_waiting} rows are waiting already")
             return
+        if generation.source != self._cards[generation.model].source:
+            snapshot = None  # of a checkpoint that is being replaced: no image is made half by one, half by another
         try:
             loop, every_s = asyncio.get_running_loop(), self._settings.snapshot_every_s
             run = await asyncio.to_thread(_Run, loop, model, generation, self._rewards, snapshot, every_s)

@@ -31,6 +31,9 @@ class SteeringRequest(Body):
         None
     )
     rewards: list[RewardRequest] = Field(default_factory=list)
+    combine: Literal["sum", "minimum"] = Field(
+        default="sum", description="of several rewards: their weighted sum, or the smallest of the weighted ones"
+    )
     guidance_scale: float | None = None
     num_draws: int | Literal["auto"] | None = None
     num_particles: int | None = Field(default=None, description="particles of one image; for best_of_n: N")

@@ -84,15 +84,20 @@ class AppSettings(Settings):
     """Arguments of `build_app`.
 
     model: one model directory (or URI), a list of them, or {id: directory}. rewards: names or `RewardSettings`; null
-    serves every reward that the model allows.
+    serves every reward that the model allows. presets: `presets.yaml` of a sweep (path or URI) for all models, or
+    {id: file}; null: built-in ones.
     """
 
     model: dict[str, str] | list[str] | str
     rewards: list[RewardSettings] | None = None
+    presets: dict[str, str] | str | None = None
     keys_file: str | None = None
     limits: Limits = Limits()
     sampler: SamplerSettings = SamplerSettings()
     ingress: Replicas = Replicas(ray_actor_options={"num_cpus": 0.5})
+    heartbeat_s: PositiveFloat = Field(
+        default=10.0, description="a stream with nothing to say for so many seconds sends a comment"
+    )
     resume_attempts: PositiveInt = Field(
         default=5, description="how often a request whose sampler died is resumed without a step of progress in between"
     )

@@ -20,6 +20,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DATA_USE_DATASOURCE_V2="0",  # V1 reads small Parquet files in 0.2 s instead of 10
     RAY_TRAIN_ENABLE_PRINT_PATCH="0",
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="serve.edge:middlewares",  # as `make serve` has it
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="10",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # what newer versions of Ray do; without it they warn
     OMP_NUM_THREADS="1",

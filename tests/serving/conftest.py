@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,19 @@ from serve.keys import Keys
 from serve.models import ModelCard, read_models
 from serve.resolve import Resolver
 from serve.settings import Limits
+
+
+@pytest.fixture(scope="module")
+def serve_url(ray_session: None) -> Iterator[str]:
+    """Ray Serve on a port of its own, for all applications of a file."""
+    from ray import serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -62,16 +76,21 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 def make_client(backend: FakeBackend, resolver: Resolver) -> Callable[..., Any]:
-    """`make_client(keys=["a"], limits=Limits(...), address="10.0.0.1")`: a client of the endpoint."""
+    """`make_client(keys=["a"], limits=Limits(...), address="10.0.0.1", heartbeat_s=1)`: a client of the endpoint."""
     from dataclasses import replace
 
     from starlette.testclient import TestClient
 
     from serve.api import build_api
 
-    def make(keys: list[str] | None = None, limits: Limits | None = None, address: str = "127.0.0.1") -> TestClient:
+    def make(
+        keys: list[str] | None = None,
+        limits: Limits | None = None,
+        address: str = "127.0.0.1",
+        heartbeat_s: float = 10.0,
+    ) -> TestClient:
         own = resolver if limits is None else replace(resolver, limits=limits)
-        app = build_api(backend, own, Keys.of(keys or []))
+        app = build_api(backend, own, Keys.of(keys or []), heartbeat_s=heartbeat_s)
         return TestClient(app, client=(address, 50000), raise_server_exceptions=False)
 
     return make

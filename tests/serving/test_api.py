@@ -3,10 +3,12 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 
 from serve.errors import part_down
-from serve.generation import Accepted
+from serve.generation import Accepted, Finished
+from serve.heartbeat import with_heartbeats
 from serve.pictures import encode_png
 from serve.settings import Limits
 
@@ -141,6 +143,53 @@ def test_a_stream_shows_previews_then_every_image(client):
     assert [data["partial_image_index"] for _, data in events[:4]] == [0, 0, 1, 1]
     assert [data["image_index"] for _, data in events[:4]] == [0, 1, 0, 1]
     assert events[-1][1]["index"] == 1
+
+
+def test_a_stream_that_waits_says_so_in_comments(make_client, backend):
+    async def slow(generation):
+        await asyncio.sleep(0.2)  # not even taken up yet
+        yield Accepted()
+        await asyncio.sleep(0.2)
+        yield Finished(np.zeros((1, 1, 8, 8), np.float32), None, {}, 5.0, {})
+
+    backend.events = slow
+    text = make_client(heartbeat_s=0.05).post(GENERATIONS, json={"stream": True}).text
+    comments, event = text.split("event: ", 1)
+    assert comments.startswith(": keep-alive\n\n")
+    assert set(comments.split("\n\n")) == {": keep-alive", ""}
+    assert event.startswith("image_generation.completed")
+
+
+def test_a_stream_that_is_refused_after_its_first_comment_ends_in_an_error_event(make_client, backend):
+    async def late(generation):
+        await asyncio.sleep(0.2)
+        raise part_down("the sampler is down")
+        yield
+
+    backend.events = late
+    response = make_client(heartbeat_s=0.05).post(GENERATIONS, json={"stream": True})
+    assert response.status_code == 200
+    assert response.text.startswith(": keep-alive\n\n")
+    assert "event: error" in response.text
+
+
+def test_heartbeats_end_what_they_wait_for():
+    async def closed_while_waiting():
+        ended = []
+
+        async def endless():
+            try:
+                yield 1
+                await asyncio.sleep(60)
+            finally:
+                ended.append(True)
+
+        beats = with_heartbeats(endless(), 0.01)
+        assert [await anext(beats), await anext(beats)] == [1, None]
+        await beats.aclose()
+        return ended
+
+    assert asyncio.run(closed_while_waiting()) == [True]
 
 
 def test_partial_images_without_a_stream_are_not_made(client, backend):

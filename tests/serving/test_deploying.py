@@ -13,7 +13,7 @@ from mfm_ray.errors import InputError
 from scripts.run_server import read_words
 from serve.app import build_app
 from serve.deploying import read_deployment, require_free_port
-from serve.settings import AppSettings, RewardSettings
+from serve.settings import AppSettings, Limits, RewardSettings
 
 CONFIG = Path(__file__).resolve().parents[2] / "serve" / "config.yaml"
 
@@ -49,11 +49,23 @@ def test_lists_may_be_written_with_commas_as_serve_run_passes_them():
         ({"rewards": ["nicer"]}, "nicer is not among those of the models served; expected symmetry"),
         ({"rewards": ["symmetry", "symmetry"]}, "named twice"),
         ({"keys_file": "/nowhere"}, "keys_file=/nowhere"),
+        ({"presets": "/nowhere/presets.yaml"}, "presets=/nowhere/presets.yaml#low: there is no such file"),
+        ({"presets": {"thin": "presets.yaml"}}, "presets.thin: no such model is served; expected tiny, other"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_starts(tiny_models, args, says):
     with pytest.raises(InputError, match=says):
         build_app(AppSettings.model_validate({"model": tiny_models, **args}))
+
+
+def test_a_preset_above_the_limits_is_refused_before_anything_starts(tiny_models, tmp_path):
+    file = tmp_path / "presets.yaml"
+    words = ["steering=gradient", "reward=symmetry", "++steering.num_draws=64"]
+    file.write_text(yaml.safe_dump({quality: {"words": words} for quality in ("low", "medium", "high")}))
+    served = AppSettings.model_validate({"model": tiny_models, "presets": str(file)})
+    assert build_app(served)
+    with pytest.raises(InputError, match="^presets: low of tiny: steering.num_draws: 64 draws; expected at most 16"):
+        build_app(served.model_copy(update={"limits": Limits(draws=16)}))
 
 
 def test_two_models_of_one_name_are_refused(tiny_models):

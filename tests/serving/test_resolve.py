@@ -1,13 +1,20 @@
 """Requests with nothing left open: defaults, names, limits, and what a refusal says."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+import torch
+import yaml
 
-from mfm_ray.building import STEERING
+from mfm_ray.building import STEERING, build_steering
+from mfm_ray.config import load_config, to_dict
+from mfm_ray.errors import InputError
+from mfm_ray.steering.budget import within_budget
+from mfm_ray.tuning.words import sample_words
 from serve.catalogue import KINDS, RewardSource, defaults, describe, resolve_params, rewards_of
 from serve.errors import ApiError
 from serve.pictures import decode_png, encode_png
+from serve.presets import read_presets
 from serve.resolve import row_steps
 from serve.schema import GenerationRequest
 from serve.settings import Limits
@@ -55,6 +62,105 @@ def test_quality_sets_steps_and_draws_that_are_not_given(resolver):
     assert low.arguments["num_draws"] < high.arguments["num_draws"]
     given = generation(resolver, quality="high", steering={**SYMMETRY, "num_steps": 7, "num_draws": 2})
     assert (given.num_steps, given.arguments["num_draws"]) == (7, 2)
+
+
+TRIALS = {
+    "low": ["steering=gradient_free", "reward=symmetry", "steering.guidance_scale=0.5", "num_steps=20"],
+    "medium": ["steering=search", "reward=symmetry", "steering.num_particles=3", "max_nfe=300", "label=3"],
+    "high": ["steering=smc", "reward=brightness", "reward.weight=4", "steering.num_particles=4", "dynamics=sde"],
+}
+
+
+def write_presets(folder, trials):
+    """As `jobs.tune` writes the words of trials."""
+    presets = {
+        name: {"trial": 1, "words": sample_words(to_dict(load_config("sample", words)))}
+        for name, words in trials.items()
+    }
+    (folder / "presets.yaml").write_text(yaml.safe_dump(presets))
+    return f"{folder}/presets.yaml"
+
+
+@pytest.fixture
+def tuned(resolver, tmp_path):
+    return replace(resolver, presets=read_presets(write_presets(tmp_path, TRIALS), resolver.models))
+
+
+@pytest.mark.parametrize("quality", TRIALS)
+def test_a_quality_is_the_trial_that_a_sweep_chose(tuned, quality):
+    trial = load_config("sample", TRIALS[quality])
+    method, num_steps = build_steering(trial.steering, torch.sum), trial.num_steps or 50
+    if trial.max_nfe is not None:
+        method, num_steps = within_budget(method, num_steps, trial.max_nfe)
+    said = generation(tuned, quality=quality, seed=1, steering=SYMMETRY)
+    steering = said.steering()
+    assert STEERING[said.method] is type(method)
+    own = [field.name for field in fields(method) if field.name not in ("reward", "draws_at_once")]
+    assert said.arguments == {name: getattr(method, name) for name in own}
+    assert (said.num_steps, said.max_nfe) == (num_steps, trial.max_nfe)
+    assert said.dynamics == (trial.dynamics or method.default_dynamics)
+    assert said.rewards[0].name == "symmetry"  # what is wished for is the request's own
+    assert said.label is None
+    assert generation(tuned, quality=quality, seed=1, steering=steering) == said
+
+
+def test_what_a_request_says_wins_over_the_preset(tuned):
+    given = {**SYMMETRY, "guidance_scale": 2.0, "num_steps": 7}
+    said = generation(tuned, quality="low", steering=given)
+    assert (said.method, said.arguments["guidance_scale"], said.num_steps) == ("gradient_free", 2.0, 7)
+    free = generation(tuned, quality="medium", steering={**SYMMETRY, "max_nfe": None})
+    assert (free.max_nfe, free.num_steps) == (None, 50)
+
+
+def test_a_preset_of_another_method_says_nothing(tuned, resolver):
+    for steering in ({**SYMMETRY, "method": "dps"}, {}):
+        asked = {"quality": "low", "seed": 1, "steering": steering}
+        assert generation(tuned, **asked) == generation(resolver, **asked)
+
+
+def test_auto_is_the_medium_preset(tuned):
+    assert generation(tuned, seed=1, steering=SYMMETRY) == generation(
+        tuned, seed=1, quality="medium", steering=SYMMETRY
+    )
+
+
+@pytest.mark.parametrize(
+    ("medium", "says"),
+    [
+        (["steering=gradient", "reward=symmetry", "order=2"], "order=2: requests are served in steps of order 1"),
+        (["steering=gradient", "reward=symmetry", "preset=paper"], "preset=paper: a request cannot ask for"),
+    ],
+)
+def test_a_trial_that_no_request_can_ask_for_is_refused(tmp_path, medium, says):
+    place = write_presets(tmp_path, {**TRIALS, "medium": medium})
+    with pytest.raises(InputError, match=f"^presets={place}#medium: {says}"):
+        read_presets(place, {"tiny": None})
+
+
+def test_a_file_that_is_no_presets_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "presets.yaml"
+    for content, says in (
+        ("low: {words: [num_steps=3]}", "#medium: expected one of low"),
+        ("low: 3", "#low: cannot be read"),
+        ("low: {words: [steering=magic]}", "#low: steering=magic: expected one of"),
+        ("low: {words: [num_step=3]}", "#low: num_step: unknown key; did you mean num_steps"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=f"^presets={file}{says}") as refused:
+            read_presets(str(file), {"tiny": None})
+        assert "\n" not in str(refused.value)
+    with pytest.raises(InputError, match="^presets=/nowhere/presets.yaml#low: there is no such file"):
+        read_presets("/nowhere/presets.yaml", {"tiny": None})
+    with pytest.raises(InputError, match=r"^presets\.tinny: no such model is served; .* did you mean tiny"):
+        read_presets({"tinny": str(file)}, {"tiny": None})
+
+
+def test_a_minimum_has_weights_above_zero(resolver):
+    least = {"rewards": [{"name": "symmetry"}, {"name": "brightness", "weight": 0.5}], "combine": "minimum"}
+    assert generation(resolver, steering=least).steering()["combine"] == "minimum"
+    least["rewards"][1]["weight"] = -0.5
+    refused = refusal(resolver, steering=least)
+    assert (refused.status, refused.param) == (400, "steering.rewards[1].weight")
 
 
 def test_a_budget_of_calls_is_kept(resolver):
@@ -144,8 +250,6 @@ def test_a_refusal_names_field_value_and_what_is_allowed(resolver, fields, param
     ],
 )
 def test_every_size_has_a_limit(resolver, limits, fields, param):
-    import torch
-
     text = encode_png(torch.zeros(1, 8, 8))
     if "observed" in param:
         fields["steering"]["rewards"][0]["params"]["observed"] = text
@@ -174,8 +278,6 @@ def test_a_model_without_a_classifier_has_no_class_rewards(card):
 
 
 def test_an_observation_may_be_brought_along(card):
-    import torch
-
     image = (torch.rand(1, 8, 8) * 255).round() / 255
     given = {"observed": encode_png(image), "half": "left"}
     reward = RewardSource(card).build("masked_observation", {**defaults("masked_observation", card), **given})
@@ -187,8 +289,6 @@ def test_an_observation_may_be_brought_along(card):
 
 
 def test_a_picture_survives_its_encoding(card):
-    import torch
-
     for channels in (1, 3):
         image = (torch.rand(channels, 5, 7) * 255).round() / 255
         back = decode_png(encode_png(image), event_shape=(channels, 5, 7), max_pixels=35)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+import yaml
 from ray import serve
 
 import mfm_ray as mfm
+from jobs import sample
+from jobs.contract import JobRun, Outcome
+from mfm_ray.config import load_config
+from mfm_ray.storage import Storage
 from serve.app import build_app
 from serve.catalogue import RewardSource, defaults
 from serve.generation import Finished
@@ -37,6 +43,15 @@ SMALL = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 1, "gr
 SYMMETRY = {"rewards": [{"name": "symmetry"}], "num_steps": 8}
 BOTH = {"rewards": [{"name": "symmetry", "weight": 0.7}, {"name": "brightness", "weight": -0.2}], "num_steps": 6}
 ENDLESS = {"rewards": [{"name": "symmetry"}], "num_steps": 1000, "num_draws": 16}
+REQUESTS_HELD = 8
+"""By each of the two replicas of the endpoint."""
+# as jobs.tune writes them; of the model "tuned" alone, so that the other models show the built-in ones
+TUNED = ["steering=gradient", "reward=symmetry", "++steering.num_draws=2", "++steering.guidance_scale=0.5"]
+PRESETS = {
+    "low": [*TUNED, "num_steps=8", "seed=7"],
+    "medium": ["steering=search", "reward=symmetry", "++steering.num_particles=3", "num_steps=6", "max_nfe=40"],
+    "high": [*TUNED, "++steering.renormalise=rescale", "num_steps=12", "dynamics=ode"],
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class Served:
     openai: openai.OpenAI
     http: httpx.Client
     models: dict[str, str]
+    presets: str
 
     def generate(self, **body: Any) -> dict[str, Any]:
         response = self.http.post("/v1/images/generations", json={"model": "tiny", **body})
@@ -56,21 +72,22 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(
-    ray_session: None, tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
+def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    keys, presets = folder / "keys", folder / "presets.yaml"
     keys.write_text(KEY)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    presets.write_text(yaml.safe_dump({quality: {"words": words} for quality, words in PRESETS.items()}))
+    models = {**tiny_models, "tuned": tiny_models["tiny"]}
     never = {"min_replicas": 0, "max_replicas": 1, "initial_replicas": 0}
     settings = AppSettings.model_validate(
         {
-            "model": tiny_models,
+            "model": models,
+            "presets": {"tuned": str(presets)},
             "keys_file": str(keys),
+            "heartbeat_s": 0.2,
+            "limits": {"requests": REQUESTS_HELD},
             "sampler": {**SMALL, "models_in_memory": 1},
-            "ingress": SMALL,
+            "ingress": {**SMALL, "num_replicas": 2},
             "rewards": [
                 {"name": "symmetry", **SMALL},
                 {"name": "brightness", "placement": "colocated"},
@@ -85,13 +102,10 @@ def served(
             ],
         }
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(settings), name=APP, route_prefix="/")
-    url = f"http://127.0.0.1:{port}"
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
-        yield Served(url, client, http, tiny_models)
-    serve.shutdown()
+    client = openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120)
+    with httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+        yield Served(serve_url, client, http, models, str(presets))
 
 
 def pixels(text: str) -> torch.Tensor:
@@ -209,7 +223,7 @@ def test_the_async_client_streams_too(served: Served) -> None:
 
 
 def test_models_share_a_replica_one_at_a_time(served: Served) -> None:
-    assert [model.id for model in served.openai.models.list().data] == ["tiny", "other"]
+    assert [model.id for model in served.openai.models.list().data] == ["tiny", "other", "tuned"]
     images = {
         model: served.generate(model=model, seed=1, steering=SYMMETRY)["data"][0]["b64_json"]
         for model in ("other", "tiny", "other")
@@ -238,7 +252,7 @@ def test_refusals_reach_the_client_as_openais_errors(served: Served) -> None:
         served.openai.images.generate(model="gone", prompt="")
     with pytest.raises(openai.AuthenticationError):
         served.openai.with_options(api_key="wrong").images.generate(model="tiny", prompt="")
-    with pytest.raises(openai.BadRequestError, match="model: missing; expected one of tiny, other"):
+    with pytest.raises(openai.BadRequestError, match="model: missing; expected one of tiny, other, tuned"):
         served.openai.images.generate(prompt="")
 
 
@@ -297,6 +311,144 @@ def test_a_deadline_ends_the_work_too(served: Served) -> None:
     wait_for(served, running=False)
 
 
+def sampled(served: Served, folder: Path, *words: str) -> tuple[Outcome, Any]:
+    """What `python -m jobs.sample` makes of the words: its figures, and the table of its images."""
+    config = load_config("sample", [f"model={served.models['tuned']}", f"storage={folder}", "batch_size=4", *words])
+    run = JobRun(config=config, storage=Storage(str(folder)), log=lambda line: None)
+    outcome = sample.body(run)
+    return outcome, pq.read_table(outcome.artifacts["samples"])
+
+
+@pytest.mark.parametrize("quality", ["low", "medium", "high"])
+def test_a_served_quality_is_the_preset_that_a_sweep_wrote(served: Served, tmp_path: Path, quality: str) -> None:
+    made, table = sampled(served, tmp_path, f"preset={served.presets}#{quality}", "seed=3", "num_samples=4")
+    asked = {"model": "tuned", "quality": quality, "n": 4, "seed": 3}
+    answer = served.generate(**asked, steering={"rewards": [{"name": "symmetry"}]})
+    images = torch.tensor(table["image"].combine_chunks().to_numpy_ndarray())
+    assert [image["b64_json"] for image in answer["data"]] == as_served(images)
+    assert [image["reward"] for image in answer["data"]] == table["reward"].to_pylist()
+    assert {image["nfe"] for image in answer["data"]} == {made.metrics["nfe"]}
+    assert answer["quality"] == quality
+    again = served.generate(**asked, steering=answer["steering"])
+    assert again["data"] == answer["data"]
+
+
+def test_the_smallest_of_several_rewards_and_a_threshold_are_served_too(served: Served, tmp_path: Path) -> None:
+    rewards = [
+        {"name": "symmetry", "weight": 0.5, "params": {"threshold": -20.0}},
+        {"name": "brightness", "params": {"scale": 0.02}},
+    ]
+    steering = {"method": "gradient", "rewards": rewards, "combine": "minimum", "num_steps": 5}
+    answer = served.generate(model="tuned", seed=3, n=3, steering=steering)
+    parts = ["{name: symmetry, weight: 0.5, threshold: -20.0}", "{name: brightness, scale: 0.02}"]
+    words = ["steering=gradient", "reward=minimum", f"reward.parts=[{','.join(parts)}]", "num_steps=5"]
+    _, table = sampled(served, tmp_path, *words, "seed=3", "num_samples=3")
+    images = torch.tensor(table["image"].combine_chunks().to_numpy_ndarray())
+    assert [image["b64_json"] for image in answer["data"]] == as_served(images)
+    assert [image["reward"] for image in answer["data"]] == table["reward"].to_pylist()
+    for image in answer["data"]:
+        named = image["rewards"]
+        assert named["symmetry"] <= -20.0
+        assert image["reward"] == pytest.approx(min(0.5 * named["symmetry"], named["brightness"]), rel=1e-6)
+
+
+class Recorded(httpx.BaseTransport):
+    """The way to the server, with a note of every byte that comes back."""
+
+    def __init__(self) -> None:
+        self._way, self.received = httpx.HTTPTransport(), b""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self._way.handle_request(request)
+        return httpx.Response(response.status_code, headers=response.headers, stream=self._noted(response.stream))
+
+    def close(self) -> None:
+        self._way.close()
+
+    def _noted(self, stream: Any) -> Any:
+        record = self
+
+        class Noted(httpx.SyncByteStream):
+            def __iter__(self) -> Iterator[bytes]:
+                for chunk in stream:
+                    record.received += chunk
+                    yield chunk
+
+            def close(self) -> None:
+                stream.close()
+
+        return Noted()
+
+
+def test_the_openai_client_does_not_see_the_comments_of_a_stream_that_waits(served: Served) -> None:
+    way = Recorded()
+    with openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key=KEY, max_retries=0, http_client=httpx.Client(transport=way)
+    ) as client:
+        steering = {**SYMMETRY, "num_steps": 400}
+        stream = client.images.generate(
+            model="tiny", prompt="", stream=True, extra_body={"seed": 1, "steering": steering}, timeout=120
+        )
+        events = list(stream)
+    assert b": keep-alive\n\n" in way.received
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_a_client_that_leaves_a_waiting_stream_frees_its_rows(served: Served) -> None:
+    body = {"model": "tiny", "n": 16, "stream": True, "steering": ENDLESS}
+    with served.http.stream("POST", "/v1/images/generations", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert next(response.iter_lines()) == ": keep-alive"
+    wait_for(served, running=False)
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back_in_json_and_in_streams(served: Served) -> None:
+    body = {"model": "tiny", "n": 2, "steering": ENDLESS}
+    held = 2 * REQUESTS_HELD
+
+    async def flood() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=None, limits=limits) as client:
+            asked = [
+                asyncio.create_task(client.post("/v1/images/generations", json={**body, "stream": bool(i % 2)}))
+                for i in range(held + 16)
+            ]
+            while sum(task.done() for task in asked) < 16:
+                await asyncio.sleep(0.05)
+            for task in asked:
+                task.cancel()
+            ended = await asyncio.gather(*asked, return_exceptions=True)
+            return [response for response in ended if isinstance(response, httpx.Response)]
+
+    refused = asyncio.run(asyncio.wait_for(flood(), timeout=120))
+    assert {response.status_code for response in refused} == {429}
+    assert {b'"stream":true' in response.request.content for response in refused} == {True, False}
+    for response in refused:
+        assert response.headers["retry-after"] == "1"
+        assert response.headers["x-should-retry"] == "true"
+        assert response.json()["error"]["code"] == "queue_full"
+    wait_for(served, running=False)
+
+
+def test_a_repeated_request_gets_its_image_from_either_replica_of_the_endpoint(served: Served) -> None:
+    body = {"model": "tiny", "n": 2, "steering": SYMMETRY}
+    headers = {"Idempotency-Key": "one-of-the-tests"}
+    answers = [served.http.post("/v1/images/generations", json=body, headers=headers).json() for _ in range(8)]
+    assert all(answer["data"] == answers[0]["data"] for answer in answers)
+    assert served.generate(n=2, steering=SYMMETRY)["data"] != answers[0]["data"]
+
+
+def test_when_serve_itself_runs_out_of_time_it_is_504_in_openais_shape(served: Served) -> None:
+    impatient = {"x-request-timeout-seconds": "0.3"}  # Serve's own header; else http_options.request_timeout_s
+    body = {"model": "tiny", "n": 16, "steering": ENDLESS}
+    response = served.http.post("/v1/images/generations", json=body, headers=impatient)
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    assert response.headers["x-request-id"]
+    wait_for(served, running=False)
+
+
 def kill_replicas(deployment: str) -> None:
     """As `kill -9` would, in the middle of whatever they do."""
     named = ray.util.list_named_actors(all_namespaces=True)
@@ -317,6 +469,30 @@ def test_a_request_survives_its_replicas_and_gets_the_same_image(served: Served,
     kill_replicas(deployment)
     asking.join(timeout=120)
     assert [image["b64_json"] for image in answers[0]["data"]] == as_served(local_images(served, **wish).images)
+
+
+@pytest.mark.slow
+def test_a_dead_endpoint_is_503_in_openais_shape_and_an_event_in_a_stream(served: Served) -> None:
+    body = {"model": "tiny", "n": 16, "steering": ENDLESS}
+
+    async def ask() -> tuple[httpx.Response, httpx.Response]:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=120) as client:
+            calls = [client.post("/v1/images/generations", json={**body, "stream": stream}) for stream in (False, True)]
+            asked = [asyncio.create_task(call) for call in calls]
+            await asyncio.to_thread(wait_for, served, True)
+            await asyncio.sleep(1.0)  # the stream has begun: its first comment was due after 0.2 s
+            await asyncio.to_thread(kill_replicas, "endpoint")
+            return tuple(await asyncio.gather(*asked))  # type: ignore[return-value]
+
+    plain, stream = asyncio.run(ask())
+    assert (plain.status_code, stream.status_code) == (503, 200)
+    assert plain.json()["error"]["code"] == "endpoint_down"
+    assert plain.headers["x-should-retry"] == "true"
+    assert plain.headers["x-request-id"]
+    assert '"code": "endpoint_down"' in stream.text.split("event: error\ndata: ")[1]
+    wait_for(served, running=False)
+    assert served.generate(seed=1)["data"]  # the next request waits for a new replica
 
 
 def test_the_sampler_streams_full_precision(served: Served) -> None:
