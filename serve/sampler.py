@@ -47,6 +47,7 @@ from .settings import RewardSettings, SamplerSettings
 log = logging.getLogger(__name__)
 
 _JOBS = ("jobs_running", "jobs_waiting")
+_AFTER_DEADLINE_S = 1.0
 
 
 class RequestRewards:
@@ -184,11 +185,15 @@ class Sampler:
         except (ValueError, EngineClosedError) as error:
             yield _failure(error, [])
             return
+        # the endpoint keeps the deadline; should it die, nobody else would end what it asked for
+        assert generation.deadline_s is not None
+        late = loop.call_later(generation.deadline_s + _AFTER_DEADLINE_S, run.ticket.cancel)
         try:
             yield Accepted()
             async for event in run.events():
                 yield event
         finally:
+            late.cancel()
             run.ticket.cancel()  # of no effect on what is done; a client that went away frees its rows
 
     async def score(self, name: str, model: str, params: str, images: np.ndarray) -> np.ndarray:

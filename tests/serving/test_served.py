@@ -27,7 +27,7 @@ from mfm_ray.config import load_config
 from mfm_ray.storage import Storage
 from serve.app import build_app
 from serve.catalogue import RewardSource, defaults
-from serve.generation import Finished
+from serve.generation import Failed, Finished
 from serve.models import ModelCard
 from serve.pictures import decode_png, encode_png
 from serve.remote_reward import Line, RemoteReward
@@ -471,9 +471,20 @@ def test_a_request_survives_its_replicas_and_gets_the_same_image(served: Served,
     assert [image["b64_json"] for image in answers[0]["data"]] == as_served(local_images(served, **wish).images)
 
 
+def test_the_sampler_ends_what_a_dead_endpoint_asked_for_at_its_deadline(served: Served) -> None:
+    card = ModelCard("tiny", served.models["tiny"], (1, 8, 8), "digits", 10, (), (), True, 0)
+    resolver = Resolver({"tiny": card}, ["symmetry"], Limits())
+    steering = {**ENDLESS, "deadline_s": 0.5}
+    asked = resolver.generation(GenerationRequest.model_validate({"n": 16, "steering": steering}))
+    handle = served.sampler().options(stream=True, multiplexed_model_id="tiny")
+    events = list(handle.generate.remote(asked))
+    assert isinstance(events[-1], Failed)
+    wait_for(served, running=False)
+
+
 @pytest.mark.slow
 def test_a_dead_endpoint_is_503_in_openais_shape_and_an_event_in_a_stream(served: Served) -> None:
-    body = {"model": "tiny", "n": 16, "steering": ENDLESS}
+    body = {"model": "tiny", "n": 16, "steering": {**ENDLESS, "deadline_s": 10.0}}
 
     async def ask() -> tuple[httpx.Response, httpx.Response]:
         headers = {"Authorization": f"Bearer {KEY}"}
