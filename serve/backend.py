@@ -75,7 +75,7 @@ class ServeBackend:
 
     async def _stream(self, attempt: _Attempt) -> AsyncIterator[Event]:
         handle = self._sampler.options(stream=True, multiplexed_model_id=attempt.generation.model)
-        response = handle.generate.remote(attempt.generation, attempt.snapshot)
+        response = handle.generate.remote(attempt.generation, attempt.snapshot, attempt.accepted)
         try:
             async for event in response:
                 yield event
@@ -109,7 +109,8 @@ class _Attempt:
         self.generation = generation
         self.snapshot: bytes | None = None
         self.dropped: tuple[str, ...] = ()
-        self._accepted, self._restarts, self._previews, self._losses = False, False, 0, 0
+        self.accepted = False
+        self._restarts, self._previews, self._losses = False, 0, 0
 
     def passes_on(self, event: Event) -> bool:
         """Takes note of an event, and whether the client has not seen its like. ApiError for the end of a request."""
@@ -122,7 +123,7 @@ class _Attempt:
             self._failed(event)
             return False
         if isinstance(event, Accepted):
-            first, self._accepted = not self._accepted, True
+            first, self.accepted = not self.accepted, True
             return first
         if isinstance(event, Preview):
             new = event.number >= self._previews

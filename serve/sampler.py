@@ -164,6 +164,7 @@ class Sampler:
         self._cards = {card.id: card for card in cards}
         waves = settings.waves or (2 if handles else 1)
         self._settings, self._max_rows_waiting = settings.model_copy(update={"waves": waves}), max_rows_waiting
+        self._rows_arriving = 0  # of requests that are on their way into an engine
         self._metrics = SamplerMetrics()
         self._rewards = RequestRewards(cards, rewards, handles)
         self._live: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
@@ -171,20 +172,27 @@ class Sampler:
         self._preloaded: dict[str, LoadedModel] = {cards[0].id: self._load(cards[0].id)}
         self._models = self._multiplexed(settings.models_in_memory)
 
-    async def generate(self, generation: Generation, snapshot: bytes | None = None) -> AsyncIterator[Event]:
-        """Events of a request. snapshot: where another replica left it."""
+    async def generate(
+        self, generation: Generation, snapshot: bytes | None = None, accepted: bool = False
+    ) -> AsyncIterator[Event]:
+        """Events of a request. snapshot: where another replica left it; accepted: one has taken it, so it is not
+        refused, however long the queue."""
         model = await self._models(generation.model)
-        if model.engine.load()["rows_waiting"] + rows_of(generation) > max(self._max_rows_waiting, rows_of(generation)):
+        rows = rows_of(generation)
+        if not accepted and self._rows_behind(model) + rows > max(self._max_rows_waiting, rows):
             yield Refused(f"{self._max_rows_waiting} rows are waiting already")
             return
         if generation.source != self._cards[generation.model].source:
             snapshot = None  # of a checkpoint that is being replaced: no image is made half by one, half by another
+        self._rows_arriving += rows
         try:
             loop, every_s = asyncio.get_running_loop(), self._settings.snapshot_every_s
             run = await asyncio.to_thread(_Run, loop, model, generation, self._rewards, snapshot, every_s)
         except (ValueError, EngineClosedError) as error:
             yield _failure(error, [])
             return
+        finally:
+            self._rows_arriving -= rows
         # the endpoint keeps the deadline; should it die, nobody else would end what it asked for
         assert generation.deadline_s is not None
         late = loop.call_later(generation.deadline_s + _AFTER_DEADLINE_S, run.ticket.cancel)
@@ -227,6 +235,13 @@ class Sampler:
             load, tags = model.engine.load(), {"model": model.card.id}
             self._metrics.requests_running.set(load["jobs_running"], tags=tags)
             self._metrics.requests_waiting.set(load["jobs_waiting"], tags=tags)
+
+    def _rows_behind(self, model: LoadedModel) -> int:
+        """Rows that the next pass has no place for. Fair turns let every request begin at once, so those that have not
+        begun would not say how long the queue is."""
+        load = model.engine.load()
+        rows = self._rows_arriving + load["rows_running"] + load["rows_waiting"]
+        return max(0, rows - self._settings.max_rows)
 
     def _multiplexed(self, capacity: int) -> Any:
         """Models by id, at most `capacity` of them in memory; Serve sends requests to replicas that have theirs."""

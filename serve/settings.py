@@ -31,7 +31,9 @@ class Limits(Settings):
         default=600.0, description="steering.deadline_s, and the deadline when none is given"
     )
     requests: PositiveInt = Field(default=256, description="requests that one ingress replica holds; more get 429")
-    rows_waiting: PositiveInt = Field(default=16384, description="rows that wait in one sampler replica; more get 429")
+    rows_waiting: PositiveInt = Field(
+        default=16384, description="rows beyond those of the next pass in one sampler replica; more get 429"
+    )
 
 
 class Replicas(Settings):

@@ -20,14 +20,15 @@ class FakeSampler:
     """A handle whose calls yield one script after the other; an error in a script is raised."""
 
     def __init__(self, *scripts):
-        self.scripts, self.asked = list(scripts), []
+        self.scripts, self.asked, self.taken_before = list(scripts), [], []
         self.generate = self
 
     def options(self, **_):
         return self
 
-    def remote(self, generation, snapshot):
+    def remote(self, generation, snapshot, accepted):
         self.asked.append((generation, snapshot))
+        self.taken_before.append(accepted)
         return Stream(self.scripts.pop(0))
 
 
@@ -71,6 +72,7 @@ def test_a_request_goes_on_from_its_last_snapshot_and_the_client_sees_everything
     events = run(sampler, generation)
     assert [type(event) for event in events] == [Accepted, Preview, Preview, Finished]
     assert [snapshot for _, snapshot in sampler.asked] == [None, b"ten"]
+    assert sampler.taken_before == [False, True]  # what was accepted is never refused by the next replica
 
 
 @pytest.mark.parametrize("end", [[], [Failed("lost", "the engine was closed")], [DIES]])

@@ -8,7 +8,7 @@ import torch
 
 from mfm_ray.engine import EngineClosedError
 from mfm_ray.rewards import RewardError, WeightedSum
-from serve.generation import Failed, Finished, Preview, Progress
+from serve.generation import Failed, Finished, Preview, Progress, Refused
 from serve.remote_reward import RemoteReward, RewardDownError
 from serve.sampler import LoadedModel, RequestRewards, Sampler, _failure, _Run
 from serve.schema import GenerationRequest
@@ -110,3 +110,30 @@ def test_a_reward_that_fails_in_the_engine_is_an_event_that_names_it(sampler, ge
     failed = collect(sampler, wish)[-1]
     assert isinstance(failed, Failed)
     assert (failed.kind, failed.reward) == ("reward_failed", "brightness")
+
+
+def generated(sampler, generation, *arguments):
+    """All events of `Sampler.generate`, without Serve's multiplexing."""
+
+    async def only_model(model_id):
+        return next(iter(sampler._live))
+
+    async def run():
+        sampler._models = only_model
+        return [event async for event in sampler.generate(generation, *arguments)]
+
+    return asyncio.run(run())
+
+
+def test_what_another_replica_has_accepted_is_not_refused(sampler, generation):
+    sampler._rows_arriving = 10**6
+    assert [type(event) for event in generated(sampler, generation())] == [Refused]
+    assert isinstance(generated(sampler, generation(), None, True)[-1], Finished)
+
+
+def test_no_image_is_made_half_by_one_checkpoint_and_half_by_another(sampler, generation):
+    wish = generation()
+    assert isinstance(generated(sampler, wish, b"no snapshot")[-1], Failed)
+    of_another = replace(wish, source="a/checkpoint/that/is/being/replaced")
+    made, whole = (generated(sampler, *asked)[-1] for asked in ((of_another, b"no snapshot"), (wish,)))
+    assert torch.equal(torch.tensor(made.images), torch.tensor(whole.images))

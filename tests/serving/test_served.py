@@ -43,6 +43,8 @@ SMALL = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 1, "gr
 SYMMETRY = {"rewards": [{"name": "symmetry"}], "num_steps": 8}
 BOTH = {"rewards": [{"name": "symmetry", "weight": 0.7}, {"name": "brightness", "weight": -0.2}], "num_steps": 6}
 ENDLESS = {"rewards": [{"name": "symmetry"}], "num_steps": 1000, "num_draws": 16}
+ROWS_OF_ENDLESS = 16 * 16
+"""Of 16 images."""
 REQUESTS_HELD = 8
 """By each of the two replicas of the endpoint."""
 # as jobs.tune writes them; of the model "tuned" alone, so that the other models show the built-in ones
@@ -85,8 +87,8 @@ def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest
             "presets": {"tuned": str(presets)},
             "keys_file": str(keys),
             "heartbeat_s": 0.2,
-            "limits": {"requests": REQUESTS_HELD},
-            "sampler": {**SMALL, "models_in_memory": 1},
+            "limits": {"requests": REQUESTS_HELD, "rows_waiting": 4 * ROWS_OF_ENDLESS},
+            "sampler": {**SMALL, "models_in_memory": 1, "max_rows": ROWS_OF_ENDLESS},
             "ingress": {**SMALL, "num_replicas": 2},
             "rewards": [
                 {"name": "symmetry", **SMALL},
@@ -402,32 +404,40 @@ def test_a_client_that_leaves_a_waiting_stream_frees_its_rows(served: Served) ->
     wait_for(served, running=False)
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_back_in_json_and_in_streams(served: Served) -> None:
-    body = {"model": "tiny", "n": 2, "steering": ENDLESS}
-    held = 2 * REQUESTS_HELD
+async def refused(served: Served, *, count: int, at_least: int, **body: Any) -> list[httpx.Response]:
+    """Answers that come while requests without an end, half of them streams, fill a queue; then all others leave."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    everyone = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=120, limits=everyone) as client:
+        bodies = [{"model": "tiny", "steering": ENDLESS, **body, "stream": bool(i % 2)} for i in range(count)]
+        asked = [asyncio.create_task(client.post("/v1/images/generations", json=each)) for each in bodies]
+        while sum(task.done() for task in asked) < at_least:
+            await asyncio.sleep(0.05)
+        for task in asked:
+            task.cancel()
+        ended = await asyncio.gather(*asked, return_exceptions=True)
+    return [response for response in ended if isinstance(response, httpx.Response)]
 
-    async def flood() -> list[httpx.Response]:
-        limits = httpx.Limits(max_connections=None)
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=None, limits=limits) as client:
-            asked = [
-                asyncio.create_task(client.post("/v1/images/generations", json={**body, "stream": bool(i % 2)}))
-                for i in range(held + 16)
-            ]
-            while sum(task.done() for task in asked) < 16:
-                await asyncio.sleep(0.05)
-            for task in asked:
-                task.cancel()
-            ended = await asyncio.gather(*asked, return_exceptions=True)
-            return [response for response in ended if isinstance(response, httpx.Response)]
 
-    refused = asyncio.run(asyncio.wait_for(flood(), timeout=120))
-    assert {response.status_code for response in refused} == {429}
-    assert {b'"stream":true' in response.request.content for response in refused} == {True, False}
-    for response in refused:
-        assert response.headers["retry-after"] == "1"
-        assert response.headers["x-should-retry"] == "true"
-        assert response.json()["error"]["code"] == "queue_full"
+@pytest.mark.parametrize(
+    ("count", "at_least", "images", "says"),
+    [
+        (2 * REQUESTS_HELD + 16, 16, 1, "requests are being answered already"),  # each replica of the endpoint is full
+        (11, 4, 16, "rows are waiting already"),  # the sampler is: one in the next pass, four behind it
+    ],
+)
+def test_a_full_queue_is_429_with_a_time_to_come_back_in_json_and_in_streams(
+    served: Served, count: int, at_least: int, images: int, says: str
+) -> None:
+    asking = asyncio.wait_for(refused(served, count=count, at_least=at_least, n=images), timeout=120)
+    answers = asyncio.run(asking)
+    assert {answer.status_code for answer in answers} == {429}
+    assert {b'"stream":true' in answer.request.content for answer in answers} == {True, False}
+    for answer in answers:
+        assert answer.headers["retry-after"] == "1"
+        assert answer.headers["x-should-retry"] == "true"
+        assert answer.json()["error"]["code"] == "queue_full"
+    assert any(says in answer.json()["error"]["message"] for answer in answers)
     wait_for(served, running=False)
 
 
