@@ -22,6 +22,7 @@ from jobs.contract import JobRun, Outcome
 from jobs.run_folder import RunFolder
 from mfm_ray.config import load_config
 from mfm_ray.errors import InputError
+from serve.presets import read_presets
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["num_samples=8", "num_steps=2", "batch_size=8", "scaling.start_timeout_s=240"]
@@ -80,6 +81,11 @@ def test_a_sweep_ends_in_a_table_a_front_presets_and_a_report(
     page = (done.folder / "report.html").read_text()
     assert "What each setting does" in page
     assert "data:image/png" in page
+    served = read_presets(f"{done.folder}/presets.yaml", {"tiny": None})["tiny"]  # what an endpoint makes of them
+    for quality, preset in served.items():
+        chosen = rows[presets[quality]["trial"]]
+        assert (preset.method, preset.num_steps) == ("gradient", 2)
+        assert preset.arguments["num_draws"] == chosen["param.steering.num_draws"]
     for place in (f"{done.folder}/presets.yaml#low", f"{done.folder}/results.parquet#{presets['low']['trial']}"):
         model = f"model={tiny_models['tiny']}"
         again = in_process(
