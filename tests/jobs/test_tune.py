@@ -121,6 +121,11 @@ def test_random_search_is_fixed_by_its_seed_and_resume_repeats_nothing(
         (["sweep=num_draws", "prune_after=8"], "prune_after=8: expected less than num_samples=8"),
         (["sweep=num_draws", "reward.scal=2"], "reward.scal: unknown key"),
         (["sweep=num_draws", "steering=dps"], "steering.num_draws: unknown key"),
+        (["sweep=num_draws", "search=optunna"], "search=optunna: expected one of .* did you mean optuna?"),
+        (["sweep=num_draws", "search=optuna"], "num_trials=1: Optuna makes so many trials"),
+        (["sweep=num_draws", "objectives={frechett: min}"], "objectives.frechett: .* did you mean frechet?"),
+        (["sweep=num_draws", "distances=[frechet]", "data_path=nowhere"], "nowhere"),
+        (["sweep=num_draws", "log_to=[tensorbord]"], "did you mean tensorboard?"),
         (["sweep=num_draws", "scaling.num_workers=0"], "trials run on Ray workers"),
     ],
 )
