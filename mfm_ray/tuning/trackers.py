@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,9 @@ class OptunaTracker(Watcher):
             directions=[DIRECTIONS[mode] for mode in sweep.objectives.values()],
             load_if_exists=True,
         )
-        self._study.set_metric_names(list(sweep.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # names of the dashboard's axes
+            self._study.set_metric_names(list(sweep.objectives))
         done = (trial for trial in self._study.trials if trial.state.is_finished())
         self._there = {trial.user_attrs["trial"] for trial in done}
 
