@@ -87,18 +87,18 @@ class Progress:
         """Head, best, and a line for each running trial."""
         lines = [self.head]
         if (best := self.best) is not None:
-            lines.append(f"  best     {best.index:>5}  {self.figure(best.metrics)}  {words(best.point)}")
+            lines.append(f"  best     {best.index:>5}  {self.figure(best.metrics)}  {in_words(best.point)}")
         most = self._plan.pruning.rungs[-1]
         for index, (point, reported) in sorted(self.running.items())[:_MOST_RUNNING]:
             far = f"{int(reported.get(FIDELITY, 0)):>{len(str(most))}} of {most} samples"
             figure = f"  {self.figure(reported)}" if reported else ""
-            lines.append(f"  running  {index:>5}  {far}{figure}  {words(point)}")
+            lines.append(f"  running  {index:>5}  {far}{figure}  {in_words(point)}")
         return lines
 
     def line(self, record: TrialRecord) -> str:
         what = record.reason or f"{self.figure(record.metrics)}, {record.metrics.get('nfe')} calls an image"
         done, most = len(self.ended), self._plan.search.most
-        return f"{done} of {most} trials, {self.left}: {words(record.point)}: {record.status}, {what}"
+        return f"{done} of {most} trials, {self.left}: {in_words(record.point)}: {record.status}, {what}"
 
 
 class PlainLines(Watcher):
@@ -143,7 +143,8 @@ class LiveTable(Watcher):
         self._height, self._drawn = len(table), self._clock()
 
 
-def words(point: Point) -> str:
+def in_words(point: Point) -> str:
+    """A point for the eye: `jobs.sample` takes the words of results.parquet, whose numbers are whole."""
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in point.items()
     )

@@ -6,6 +6,7 @@ rest; a trial that was under way begins anew and, by common random numbers, come
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,7 +150,7 @@ def run_sweep(
         tune.Tuner(
             tune.with_resources(trainable, dict(resources)),
             tune_config=tune.TuneConfig(
-                search_alg=_Queue(plan.search, book.records, settings_of),
+                search_alg=_Queue(plan, book.records, settings_of),
                 num_samples=plan.search.most - len(earlier),
                 trial_dirname_creator=lambda trial: f"{trial.config[TRIAL]:05d}",
                 scheduler=plan.pruning.scheduler(list(earlier.values())),
@@ -174,18 +175,27 @@ def is_complete(plan: SweepPlan, ended: Mapping[int, TrialRecord]) -> bool:
 
 
 class _Queue(Searcher):
-    """Hands Tune the points that were not tried yet, in their order, and waits where the next one hangs on a result."""
+    """Hands Tune the points that were not tried yet, and waits where the next one hangs on a result.
+
+    In their order, but shuffled where trials are pruned: ASHA compares a trial with those before it, and a grid that
+    gets better from point to point would have none to prune.
+    """
 
     def __init__(
-        self, search: Search, records: Mapping[int, TrialRecord], settings_of: Callable[[Point], Mapping[str, Any]]
+        self, plan: SweepPlan, records: Mapping[int, TrialRecord], settings_of: Callable[[Point], Mapping[str, Any]]
     ) -> None:
         super().__init__()
-        self._search, self._records, self._settings_of = search, records, settings_of
+        self._search, self._records, self._settings_of = plan.search, records, settings_of
+        self._prunes = len(plan.pruning.rungs) > 1
         self._given: set[int] = set(records)
+
+    def _rank(self, index: int) -> float:
+        return random.Random(index).random() if self._prunes else index
 
     def suggest(self, trial_id: str) -> Any:
         points = self._search.points(self._records)
-        index = next((index for index in range(len(points)) if index not in self._given), None)
+        waiting = (index for index in range(len(points)) if index not in self._given)
+        index = min(waiting, key=self._rank, default=None)
         if index is not None:
             self._given.add(index)
             return {TRIAL: index, SETTINGS: packed(self._settings_of(points[index]))}
