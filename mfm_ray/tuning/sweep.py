@@ -39,6 +39,7 @@ TRIALS, TUNE = "trials", "tune"
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so are signals
+    "RAY_AIR_NEW_OUTPUT": "0",  # and what is said; the newer output has a banner at any verbosity
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
