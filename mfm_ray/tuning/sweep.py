@@ -63,6 +63,11 @@ class TrialRecord:
     losses: int = 0
 
     @property
+    def measured(self) -> dict[str, float]:
+        """The metrics of a trial that came to its end or was pruned: what a failed one had reported counts nowhere."""
+        return {} if self.reason is not None else self.metrics
+
+    @property
     def is_final(self) -> bool:
         return self.status != "lost"
 
