@@ -49,6 +49,8 @@ SWEEPS = {
 TIMES = ("seconds", "worker", "losses")
 """Columns of a table that no two runs share."""
 NUM_KILLS = 3
+_CLUSTER_ENDS_S = 5.0
+"""Ray's processes see that their driver is gone within seconds; a head that starts before may not come up."""
 
 
 def main() -> None:
@@ -284,6 +286,7 @@ class Sweeps:
         time.sleep(pause)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+        time.sleep(_CLUSTER_ENDS_S)
         return len(list(records.glob("*.json")))
 
     @property
