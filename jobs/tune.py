@@ -7,8 +7,10 @@ ray job submit --working-dir . -- python -m jobs.tune sweep=methods model=/share
 """
 
 import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.cluster import ray_cluster
@@ -26,11 +28,15 @@ from mfm_ray.settings import from_dict, nearest
 from mfm_ray.storage import Storage
 
 SWEEP, RESULTS, FRONT, PRESETS, PICTURES = "sweep.json", "results.parquet", "pareto.json", "presets.yaml", "pictures"
-_COMMON = {"sweep", "space", "num_trials", "objectives", "prune_after", "reduction_factor"}
+_SWEPT = ("space", "search", "search_window", "num_trials", "objectives", "prune_after", "reduction_factor")
+_MEASURED = ("distances", "data_path")
+_COMMON = {"sweep", *_SWEPT, *_MEASURED, "log_to"}
 
 
 def check(config: TuneConfig) -> None:
     """Every trial of the sweep can be built on the model, and an earlier call of this name had the same settings."""
+    if not config.objectives:
+        raise InputError("objectives: empty; expected metrics such as {reward: max, nfe: min}")
     bench = Workbench(config.model)
     if not any(config.scaling.resources_per_worker.values()):
         raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
@@ -39,11 +45,14 @@ def check(config: TuneConfig) -> None:
     if config.prune_after is not None and config.prune_after >= config.num_samples:
         raise InputError(f"prune_after={config.prune_after}: expected less than num_samples={config.num_samples}")
     judges: set[str] = set()
-    for settings in trial_settings(config).values():
-        trial = from_dict(SampleConfig, settings)
+    for point in points_of_check(config):
+        trial = from_dict(SampleConfig, settings_of(config, point))
         _, built = bench.build(trial)
         bench.check(trial)
         judges.update(built)
+    if wanted_distances(config):
+        bench.compared_with(config.data_path)
+    _check_trackers(config)
     _check_objectives(config, judges, has_classifier=bench.has_classifier)
     if config.resume:
         run = RunFolder("tune", config).storage
@@ -61,7 +70,7 @@ def body(run: JobRun) -> Outcome:
     run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
     earlier = finished_trials(run.storage, plan) if config.resume else {}
     if config.resume:
-        run.log(f"{len(earlier)} of {len(plan.points)} trials are there already")
+        run.log(f"{len(earlier)} of {plan.search.most} trials are there already")
     records = _run_missing(run, plan, earlier)
     facts = {
         "command": command_line("tune"),
@@ -70,7 +79,8 @@ def body(run: JobRun) -> Outcome:
         "settings": {key: value for key, value in flatten(to_dict(config)).items() if not isinstance(value, Mapping)},
         "seconds": time.monotonic() - began,
     }
-    metrics = write_outputs(run.storage, config, trial_settings(config), records, facts=facts, log=run.log)
+    settings = {index: settings_of(config, record.point) for index, record in records.items()}
+    metrics = write_outputs(run.storage, config, settings, records, facts=facts, log=run.log)
     return Outcome(
         metrics=metrics,
         artifacts={
@@ -83,19 +93,18 @@ def body(run: JobRun) -> Outcome:
 
 
 def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int, Any]:
-    from mfm_ray.tuning.sweep import run_sweep
+    from mfm_ray.tuning.sweep import is_complete, run_sweep
     from mfm_ray.tuning.trial import TrialSpec
 
     config: TuneConfig = run.config
-    num_missing = len(plan.points) - len(earlier)
-    if not num_missing:
+    if is_complete(plan, earlier):
         return dict(earlier)
+    num_missing = plan.search.most - len(earlier)
     with ray_cluster(run.log):
-        workers = choose_workers(config.scaling, num_missing)
+        workers = choose_workers(config.scaling, int(min(num_missing, plan.search.window)))
         run.log(f"{num_missing} trials on {workers.num} workers, {workers.resources} each")
         spec = TrialSpec(
-            load=SamplerOfModel(config.model, workers.device),
-            settings=trial_settings(config),
+            load=SamplerOfModel(config.model, workers.device, wanted_distances(config), config.data_path),
             rungs=plan.pruning.rungs,
             pictures=run.storage.child(PICTURES),
             threads=max(1, int(workers.resources.get("CPU", 1.0))),
@@ -105,11 +114,34 @@ def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int
             spec,
             run.storage,
             earlier,
+            settings_of=functools.partial(settings_of, config),
             num_workers=workers.num,
             resources=workers.resources,
             max_failures=workers.max_failures,
-            log=run.log,
+            watchers=_watchers(run, plan, earlier),
         )
+
+
+def _watchers(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> list[Any]:
+    """Who is told of the trials: the terminal and what `log_to` names, which gets those that are there already."""
+    from mfm_ray.tuning.live import live_progress
+    from mfm_ray.tuning.space import parse_space
+    from mfm_ray.tuning.trackers import Tracked, open_trackers
+
+    config: TuneConfig = run.config
+    tracked = Tracked(
+        name=config.sweep, settings=parse_space(config.space), objectives=config.objectives, run=run.storage
+    )
+    trackers = open_trackers(config.log_to, tracked)
+    for tracker, index in itertools.product(trackers, sorted(earlier)):
+        tracker.on_end(earlier[index])
+    return [live_progress(config.sweep, plan, earlier, log=run.log), *trackers]
+
+
+def _check_trackers(config: TuneConfig) -> None:
+    from mfm_ray.tuning.trackers import check_trackers
+
+    check_trackers(config.log_to, RunFolder("tune", config).storage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +150,21 @@ class SamplerOfModel:
 
     model: str | None
     device: str
+    distances: Sequence[str] = ()
+    data_path: str | None = None
 
     def __call__(self) -> "ModelSampler":
-        return ModelSampler(Workbench(self.model), self.device)
+        bench = Workbench(self.model)
+        heldout = bench.compared_with(self.data_path) if self.distances else None
+        return ModelSampler(bench, self.device, self.distances, heldout)
 
 
 class ModelSampler:
     """A loaded model that draws the samples of any trial (`mfm_ray.tuning.trial.TrialSampler`)."""
 
-    def __init__(self, bench: Workbench, device: str) -> None:
+    def __init__(self, bench: Workbench, device: str, distances: Sequence[str], heldout: Any) -> None:
         self._bench, self._device = bench, device
+        self._distances, self._heldout = distances, heldout
         bench.flow_map.to(device)
         self.classifier = bench.classifier if bench.has_classifier else None
 
@@ -142,6 +179,9 @@ class ModelSampler:
             raise InputError("reward: not finite for some of the samples")
         return dataclasses.replace(drawn, images=drawn.images.cpu(), trace={})
 
+    def compare(self, settings: Mapping[str, Any], images: Any) -> dict[str, float]:
+        return self._heldout.distances(self._distances, images, label=settings["label"]) if self._distances else {}
+
 
 def sweep_plan(config: TuneConfig) -> Any:
     """Points in their order, rungs, and the hash of what decides all trials."""
@@ -151,40 +191,69 @@ def sweep_plan(config: TuneConfig) -> Any:
     metric, mode = next(iter(config.objectives.items()))
     rungs = rungs_of(config.num_samples, config.prune_after, config.reduction_factor)
     return SweepPlan(
-        points=_points(config),
+        search=_search(config),
         decided_by=checksum(sweep_settings(config)),
         pruning=Pruning(metric=metric, mode=mode, rungs=rungs, reduction_factor=config.reduction_factor),
     )
 
 
-def trial_settings(config: TuneConfig) -> dict[int, dict[str, Any]]:
-    """The plain configuration of `jobs.sample` of every trial, by index. InputError naming the key that is wrong."""
+def settings_of(config: TuneConfig, point: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain configuration of `jobs.sample` at a point. InputError naming the key that is wrong."""
     from mfm_ray.tuning.space import settings_at
 
     common = {key: value for key, value in to_dict(config).items() if key not in _COMMON}
-    return {index: settings_at(common, point) for index, point in enumerate(_points(config))}
+    return settings_at(common, dict(point))
+
+
+def points_of_check(config: TuneConfig) -> Any:
+    """Points that show every mistake of the space."""
+    from mfm_ray.tuning.search import points_to_check
+    from mfm_ray.tuning.space import parse_space
+
+    return points_to_check(_search(config), parse_space(config.space))
+
+
+def wanted_distances(config: TuneConfig) -> list[str]:
+    from mfm_ray.tuning.heldout import DISTANCES
+
+    return [name for name in DISTANCES if name in config.distances or name in config.objectives]
 
 
 def sweep_settings(config: TuneConfig) -> dict[str, Any]:
     """Everything that the table of the sweep depends on."""
-    asked = {key: getattr(config, key) for key in ("space", "num_trials", "prune_after", "reduction_factor")}
+    from mfm_ray.data.shards import read_manifest
+    from mfm_ray.tuning.search import Planned
+
+    objectives = [list(item) for item in config.objectives.items()]
+    asked = {key: getattr(config, key) for key in _SWEPT if key != "objectives"}
+    # what is proposed hangs on all objectives, what is pruned on the first alone; the front can be drawn by others
+    decisive = objectives[:1] if isinstance(_search(config), Planned) else objectives
     common = {key: value for key, value in deciding_settings(config).items() if key != "shard_size"}
-    return {**common, **asked, "objective": list(next(iter(config.objectives.items()), ()))}
+    data = read_manifest(config.data_path).sha256 if config.data_path else None
+    return {**common, **asked, "distances": wanted_distances(config), "data": data, "objectives": decisive}
 
 
-def _points(config: TuneConfig) -> list[dict[str, Any]]:
-    from mfm_ray.tuning.space import parse_space, plan_points
+def _search(config: TuneConfig) -> Any:
+    from mfm_ray.tuning.search import SearchOptions, build_search
+    from mfm_ray.tuning.space import parse_space
 
-    return plan_points(parse_space(config.space), num_trials=config.num_trials, seed=config.seed)
+    options = SearchOptions(
+        num_trials=config.num_trials, seed=config.seed, objectives=config.objectives, window=config.search_window
+    )
+    return build_search(config.search, parse_space(config.space), options)
 
 
 def _check_objectives(config: TuneConfig, judges: set[str], *, has_classifier: bool) -> None:
-    known = ["reward", *(f"judge.{name}" for name in sorted(judges)), "nfe", "seconds", "diversity"]
+    known = [
+        "reward",
+        *(f"judge.{name}" for name in sorted(judges)),
+        "nfe",
+        "seconds",
+        "diversity",
+        "frechet",
+        "sliced_w2",
+    ]
     known += ["confidence"] if has_classifier else []
-    if not config.objectives:
-        raise InputError(
-            f"objectives: empty; expected metrics such as {{reward: max, nfe: min}}, of {', '.join(known)}"
-        )
     for name in config.objectives:
         if name not in known:
             close = nearest(name, known)

@@ -1,6 +1,6 @@
 """A model that is loaded once, and the steering methods, rewards and judges that configurations build on it."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from mfm_ray.config import SampleConfig
@@ -60,22 +60,45 @@ class Workbench:
             known = ", ".join(map(str, self.flow_map.cfg_scales)) or "null alone: this model has none"
             raise InputError(f"cfg_scale={config.cfg_scale}: expected one of {known}")
 
-    def _load_heldout(self, place: str | None) -> Any:
+    def heldout_split(self, place: str | None, *, key: str) -> Any:
+        """The held-out `Split` of prepared data, or (None) of the bundled data that the model was trained on.
+
+        key: what an InputError names as the place to say where the data are.
+        """
         if place not in self._heldout:
-            self._heldout[place] = _heldout(self.model, place)
+            self._heldout[place] = _heldout(self.model, place, key)
         return self._heldout[place]
 
+    def compared_with(self, data_path: str | None) -> Any:
+        """The held-out data (`mfm_ray.tuning.heldout.HeldOut`) that samples of the model are compared with.
 
-def _heldout(model: Storage, place: str | None) -> Any:
-    """Held-out images of prepared data, or of the bundled data that the model was trained on."""
+        Through the classifier's features where one stands beside the model. InputError when there are none.
+        """
+        from mfm_ray.metrics import classifier_features
+        from mfm_ray.tuning.heldout import HeldOut
+
+        split = self.heldout_split(data_path, key="data_path")
+        if tuple(split.data.shape[1:]) != tuple(self.flow_map.event_shape):
+            raise InputError(
+                f"data_path={data_path}: data of shape {tuple(split.data.shape[1:])}; expected the model's "
+                f"{tuple(self.flow_map.event_shape)}"
+            )
+        features = partial(classifier_features, self.classifier) if self.has_classifier else None
+        return HeldOut(split.data, split.labels, features)
+
+    def _load_heldout(self, place: str | None) -> Any:
+        return self.heldout_split(place, key="reward.data").data
+
+
+def _heldout(model: Storage, place: str | None, key: str) -> Any:
     from jobs.prepare_data import make_dataset
     from mfm_ray.data.shards import load_split
     from mfm_ray.pretrained import read_model_config
 
     if place is not None:
-        return load_split(place, "heldout").data
+        return load_split(place, "heldout")
     name = read_model_config(model)["data"]["name"]
     try:
-        return make_dataset(name).splits["heldout"].data
+        return make_dataset(name).splits["heldout"]
     except InputError as error:
-        raise InputError(f"reward.data=null: {name} is not bundled; expected a folder of prepared data") from error
+        raise InputError(f"{key}=null: {name} is not bundled; expected a folder of prepared data") from error

@@ -172,8 +172,19 @@ class TuneConfig(SampleConfig):
     space: dict[str, Any] = setting(
         "values to try by key of jobs.sample: {grid|choice|uniform|loguniform|integers: []}"
     )
-    num_trials: int = setting("times that the grid is run through; other kinds are drawn anew each time", minimum=1)
+    search: str = setting("where points come from: grid, random (grids are crossed), optuna (TPE), optuna_nsga2")
+    search_window: int = setting("trials that Optuna proposes before it knows the result of the first", minimum=1)
+    num_trials: int = setting(
+        "times that the grid is run through, other kinds drawn anew each time; with Optuna: trials", minimum=1
+    )
     objectives: dict[str, str] = setting("metrics of the front; the first one decides pruning", choices=("max", "min"))
+    distances: list[str] = setting(
+        "distances to held-out data that are measured beside those in objectives", choices=("frechet", "sliced_w2")
+    )
+    data_path: str | None = setting(
+        "prepared data whose held-out part is meant; null: bundled data of the model's kind"
+    )
+    log_to: list[str] = setting("where trials go as well", choices=("tensorboard", "mlflow", "optuna"))
     prune_after: int | None = setting("samples after which a trial may be pruned (ASHA); null: no pruning", minimum=2)
     reduction_factor: int = setting("one trial in so many goes on beyond a rung", minimum=2)
 

@@ -66,13 +66,14 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Dot:
-    """One method in a chart: where it stands, its deviation upwards and downwards, and its name."""
+    """One method in a chart: where it stands, its deviation upwards and downwards (x_spread: sideways), its name."""
 
     x: float
     y: float
     label: str
     family: str
     spread: float = 0.0
+    x_spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ def curves(
     y_label: str,
     log: bool = False,
     log_x: bool = False,
+    x_ticks: Sequence[float] = (),
     marker: str = "",
     reference: float | None = None,
     wide: bool = False,
 ) -> str:
-    """Curves over a common axis; `log` for the y axis, `log_x` for the other; `reference` is a dotted level.
+    """Curves over a common axis; `log` for the y axis, `log_x` for the other; `reference` is a dotted level; x_ticks:
+    where the x axis is marked, where Matplotlib's own choice is not wanted.
 
     A log y axis of values that are all negative is one of their size, up still being better. wide: a chart for a
     whole line of the page with its legend beside it.
@@ -132,6 +135,9 @@ def curves(
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(_plain))
             axes.xaxis.set_minor_formatter(NullFormatter())
+        if len(x_ticks):
+            axes.set_xticks(list(x_ticks))
+            axes.set_xticks([], minor=True)
         if reference is not None:
             axes.axhline(reference, color=COLOURS["muted"], linestyle=(0, (1, 2)), linewidth=1.2)
         axes.grid(axis="y")
@@ -190,14 +196,16 @@ def pareto(
         if front:
             axes.plot(*zip(*front, strict=True), color=COLOURS["mfm_g"], linewidth=1.5, zorder=2)
         for dot in dots:
-            axes.errorbar([dot.x], [dot.y], yerr=[dot.spread], color=COLOURS[dot.family], linewidth=1, zorder=2)
-            axes.scatter([dot.x], [dot.y], s=34, color=COLOURS[dot.family], zorder=3, linewidths=0)
+            colour = COLOURS[dot.family]
+            axes.errorbar([dot.x], [dot.y], [dot.spread], [dot.x_spread], color=colour, linewidth=1, zorder=2)
+            axes.scatter([dot.x], [dot.y], s=34, color=colour, zorder=3, linewidths=0)
             if dot.label:
                 axes.annotate(dot.label, (dot.x, dot.y), (6, 6), textcoords="offset points", fontsize=9, zorder=4)
         if log_x:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(_plain))
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xticks(_log_ticks([dot.x for dot in dots]))
         axes.margins(x=0.12)
         axes.grid(axis="y")
         _label(axes, title, x_label, y_label)
@@ -358,10 +366,14 @@ def _log_reward_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _thin_log_ticks(axes: Axes, values: Sequence[float]) -> None:
+    axes.set_yticks(_log_ticks(values))
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
     steps = (1, 2, 5) if high / low < 100 else (1,)
     ticks = [step * 10.0**power for power in range(-6, 7) for step in steps]
-    axes.set_yticks([tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high])
+    return [tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high]
 
 
 def _plain(value: float, _: object = None) -> str:

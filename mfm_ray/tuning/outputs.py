@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mfm_ray.config import TuneConfig, to_yaml
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.front import HALF_WIDTH, Front, choose_presets, find_front
+from mfm_ray.tuning.live import in_words
 from mfm_ray.tuning.report import SweepResults, sweep_report
 from mfm_ray.tuning.sweep import TrialRecord
 from mfm_ray.tuning.words import sample_words
@@ -69,6 +70,7 @@ def results_parquet(
             "seed": config.seed,
             "words": sample_words(settings[record.index]),
             "worker": record.worker,
+            "losses": record.losses,
             **{f"version.{name}": str(version) for name, version in facts["versions"].items()},
             "git": facts["git"],
         }
@@ -131,6 +133,5 @@ def _table(results: SweepResults) -> list[str]:
             f"{name} {row[name]:.4g}" + (f" ± {row[name + HALF_WIDTH]:.2g}" if name + HALF_WIDTH in row else "")
             for name in dict.fromkeys([*results.front.objectives, "nfe"])
         )
-        point = " ".join(f"{key}={value}" for key, value in results.points[index].items())
-        lines.append(f"  {results.names_of(index):<17} {point}: {figures}")
+        lines.append(f"  {results.names_of(index):<17} {in_words(results.points[index])}: {figures}")
     return lines

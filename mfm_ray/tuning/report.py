@@ -14,7 +14,7 @@ from mfm_ray.reporting.page import number, text
 from mfm_ray.reporting.pictures import data_uri
 from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.storage import Storage
-from mfm_ray.tuning.front import COSTS, HALF_WIDTH, Front
+from mfm_ray.tuning.front import COSTS, HALF_WIDTH, Front, judge_names
 from mfm_ray.tuning.importance import importance, is_number
 from mfm_ray.tuning.space import Point
 from mfm_ray.tuning.sweep import TrialRecord
@@ -22,6 +22,7 @@ from mfm_ray.tuning.trial import picture_name
 from mfm_ray.tuning.words import sample_words
 
 _PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+_MOST_TICKS = 8  # values of a setting that are all marked on its axis
 _LABELS = {"nfe": "calls an image", "seconds": "seconds an image", "confidence": "classifier confidence"}
 
 
@@ -99,12 +100,12 @@ def _front_section(results: SweepResults) -> Iterator[str]:
     names = list(results.front.objectives)
     first, others = names[0], names[1:] or ["nfe"]
     yield page.charts(
-        [_front_chart(results, first, other) for other in others],
+        [_front_chart(results, first, other) for other in dict.fromkeys([*others, *_compared(results)[1:]])],
         "Finished trials with 95 percent intervals; those on the front are joined where the front has two objectives. "
         "Orange: the judge is clearly worse than that of a clearly less rewarded trial.",
     )
     yield page.table(
-        ["", "trial", *(text(key) for key in results.config.space), *(text(label(name)) for name in _shown(results))],
+        ["", "trial", *(_heads(results)), *(text(label(name)) for name in _compared(results))],
         [_front_line(results, index) for index in results.front.trials],
     )
 
@@ -112,15 +113,20 @@ def _front_section(results: SweepResults) -> Iterator[str]:
 def _front_chart(results: SweepResults, first: str, other: str) -> str:
     dots = [
         charts.Dot(
-            row[other], row[first], results.names_of(index), _family(results, index), row.get(first + HALF_WIDTH, 0.0)
+            row[other],
+            row[first],
+            results.names_of(index),
+            _family(results, index),
+            row.get(first + HALF_WIDTH, 0.0),
+            row.get(other + HALF_WIDTH, 0.0),
         )
         for index, row in results.metrics.items()
         if other in row and first in row
     ]
-    joined = [(results.metrics[index][other], results.metrics[index][first]) for index in results.front.trials]
+    joined = [(results.metrics[index].get(other, 0.0), results.metrics[index][first]) for index in results.front.trials]
     return charts.pareto(
         dots,
-        sorted(joined) if len(results.front.objectives) == 2 else [],
+        sorted(joined) if set(results.front.objectives) == {first, other} else [],
         title=f"{label(first)} against {label(other)}",
         x_label=label(other),
         y_label=label(first),
@@ -140,8 +146,23 @@ def _front_line(results: SweepResults, index: int) -> list[str]:
         f"<b>{results.names_of(index)}</b>",
         str(index),
         *(text(_value(point.get(key, ""))) for key in results.config.space),
-        *(_figure(row, name) for name in _shown(results)),
+        *(_figure(row, name) for name in _compared(results)),
     ]
+
+
+def _heads(results: SweepResults) -> Iterator[str]:
+    """The settings by the last part of their key, where that is enough to tell them apart."""
+    last = {key: key.rpartition(".")[2] for key in results.config.space}
+    for key, short in last.items():
+        name = short if list(last.values()).count(short) == 1 else key
+        yield f'<span title="{text(key)}">{text(name)}</span>'
+
+
+def _compared(results: SweepResults) -> list[str]:
+    """The objectives, and what watches over them: a table of all metrics is wider than the page."""
+    objectives = list(results.front.objectives)
+    watching = judge_names(next(iter(results.metrics.values())), optimised=objectives[0])
+    return list(dict.fromkeys([*objectives, *watching]))
 
 
 def _shown(results: SweepResults) -> list[str]:
@@ -216,7 +237,16 @@ def _response_chart(results: SweepResults, key: str, metric: str) -> str:
     band = ([min(at[value]) for value in x], [max(at[value]) for value in x])
     line = charts.Line(x, y, label(metric), "mfm_g", band=band, marker="o")
     is_wide = x[0] > 0 and x[-1] / x[0] >= 8
-    return charts.curves([line], title=key, x_label=key, y_label=label(metric), log_x=is_wide)
+    is_cost = metric in COSTS and min(y) > 0 and max(y) / min(y) >= 8
+    return charts.curves(
+        [line],
+        title=key,
+        x_label=key,
+        y_label=label(metric),
+        log=is_cost,
+        log_x=is_wide,
+        x_ticks=x if is_wide and len(x) <= _MOST_TICKS else (),
+    )
 
 
 def _preset_section(results: SweepResults, run: Storage) -> Iterator[str]:

@@ -4,14 +4,16 @@
     steering.num_draws: {grid: [1, 4, 16]}
     steering.renormalise: {choice: [none, rescale], when: {steering: gradient}}
 
-A key is the override path of `jobs.sample`. All points are known before the first trial: a grid is crossed, the other
-kinds are drawn anew for every point, each value from its own seed, so that a further dimension changes no other.
+A key is the override path of `jobs.sample`. Planned points are all known before the first trial: a grid is crossed,
+the other kinds are drawn anew for every point, each value from its own seed, so that a further dimension changes no
+other. Optuna (`mfm_ray.tuning.search`) proposes points one by one instead.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import random
 from abc import ABC, abstractmethod
@@ -25,6 +27,7 @@ from mfm_ray.settings import nearest, unknown_key
 
 Point = dict[str, Any]
 _WHEN = "when"
+_PRIMITIVE = (str, bool, int, float, type(None))
 GROUPS = ("steering", "reward")
 SWEPT = (*GROUPS, "num_steps", "dynamics", "order", "max_nfe", "preset", "label", "cfg_scale")
 """Keys of `jobs.sample` that may differ from trial to trial; the rest is common to all."""
@@ -36,6 +39,15 @@ class Dimension(ABC):
     @abstractmethod
     def values(self, generator: random.Random) -> Sequence[Any]:
         """The values to cross with the other dimensions: all of a grid, else one draw."""
+
+    @abstractmethod
+    def ask(self, key: str, trial: Any) -> Any:
+        """The value that an Optuna trial suggests for this setting."""
+
+    @property
+    @abstractmethod
+    def extremes(self) -> Sequence[Any]:
+        """The values to try when all that can be wrong with a setting is to be found: all, or both ends."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,14 @@ class Grid(Dimension):
             raise ValueError(self.takes)
 
     def values(self, generator: random.Random) -> Sequence[Any]:
+        return self.options
+
+    def ask(self, key: str, trial: Any) -> Any:
+        names = [option if isinstance(option, _PRIMITIVE) else json.dumps(option) for option in self.options]
+        return self.options[names.index(trial.suggest_categorical(key, names))]
+
+    @property
+    def extremes(self) -> Sequence[Any]:
         return self.options
 
 
@@ -80,6 +100,13 @@ class Uniform(Dimension):
     def values(self, generator: random.Random) -> Sequence[Any]:
         return [generator.uniform(*self.bounds)]
 
+    def ask(self, key: str, trial: Any) -> Any:
+        return trial.suggest_float(key, *self.bounds)
+
+    @property
+    def extremes(self) -> Sequence[Any]:
+        return self.bounds
+
 
 @dataclass(frozen=True)
 class LogUniform(Uniform):
@@ -94,6 +121,9 @@ class LogUniform(Uniform):
     def values(self, generator: random.Random) -> Sequence[Any]:
         return [math.exp(generator.uniform(*map(math.log, self.bounds)))]
 
+    def ask(self, key: str, trial: Any) -> Any:
+        return trial.suggest_float(key, *self.bounds, log=True)
+
 
 @dataclass(frozen=True)
 class Integers(Uniform):
@@ -107,6 +137,9 @@ class Integers(Uniform):
 
     def values(self, generator: random.Random) -> Sequence[Any]:
         return [generator.randint(*map(int, self.bounds))]
+
+    def ask(self, key: str, trial: Any) -> Any:
+        return trial.suggest_int(key, *self.bounds)
 
 
 KINDS: dict[str, Any] = {
@@ -140,7 +173,53 @@ def parse_space(space: Mapping[str, Any]) -> dict[str, Setting]:
                 close = nearest(other, [name for name in settings if name != key])
                 hint = f"; did you mean {close}?" if close else ""
                 raise InputError(f"space.{key}.when.{other}: expected another setting of this space{hint}")
+    in_order(settings)
     return settings
+
+
+def in_order(settings: Mapping[str, Setting]) -> list[str]:
+    """The keys, each behind those that its condition names. InputError for conditions that wait for each other."""
+    ordered: list[str] = []
+    while len(ordered) < len(settings):
+        ready = [key for key in settings if key not in ordered and set(settings[key].when) <= set(ordered)]
+        if not ready:
+            (key, *_) = (key for key in settings if key not in ordered)
+            raise InputError(f"space.{key}.when: waits for itself; expected conditions that name earlier settings")
+        ordered += ready
+    return ordered
+
+
+def ask_point(settings: Mapping[str, Setting], trial: Any) -> Point:
+    """The point that an Optuna trial suggests; a setting whose condition does not hold is not asked for."""
+    found: Point = {}
+    for key in in_order(settings):
+        if settings[key].applies(found):
+            found[key] = settings[key].dimension.ask(key, trial)
+    return {key: found[key] for key in settings if key in found}
+
+
+def corner_points(settings: Mapping[str, Setting]) -> list[Point]:
+    """Points in which every value of a choice and both ends of a range stand at least once, conditions met."""
+    points: list[Point] = []
+    for key, setting in settings.items():
+        for value in setting.dimension.extremes:
+            forced = {**_conditions(settings, key), key: value}
+            full: Point = {}
+            for other in in_order(settings):
+                if settings[other].applies(full) or other in forced:
+                    full[other] = forced.get(other, settings[other].dimension.extremes[0])
+            point = {other: full[other] for other in settings if other in full}
+            if point not in points:
+                points.append(point)
+    return points
+
+
+def _conditions(settings: Mapping[str, Setting], key: str) -> Point:
+    """Values of other settings under which this one is there."""
+    found: Point = {}
+    for other, allowed in settings[key].when.items():
+        found |= {**_conditions(settings, other), other: allowed[0]}
+    return found
 
 
 def plan_points(settings: Mapping[str, Setting], *, num_trials: int, seed: int) -> list[Point]:

@@ -6,8 +6,7 @@ rest; a trial that was under way begins anew and, by common random numbers, come
 
 from __future__ import annotations
 
-import math
-import time
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,26 +15,40 @@ from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
+from mfm_ray.tuning.search import Search
 from mfm_ray.tuning.space import Point
-from mfm_ray.tuning.trial import FAILURE, FIDELITY, LOADS, WORKER, SamplingTrial, TrialSpec
+from mfm_ray.tuning.trial import (
+    FAILURE,
+    FIDELITY,
+    LOADS,
+    MEASURED,
+    SETTINGS,
+    TRIAL,
+    WORKER,
+    SamplingTrial,
+    TrialSpec,
+    packed,
+)
 
 TRIALS, TUNE = "trials", "tune"
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so are signals
+    "RAY_AIR_NEW_OUTPUT": "0",  # and what is said; the newer output has a banner at any verbosity
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """An ended trial. status: "ok", "pruned", "refused" (the sampler would say the same again) or "lost"; reason: of
-    the last two; history: the metrics at each rung; settings: hash of what decided the trial.
+    the last two; history: the metrics at each rung; settings: hash of what decided the trial; losses: how often its
+    worker was lost.
     """
 
     index: int
@@ -47,6 +60,12 @@ class TrialRecord:
     history: list[dict[str, float]] = field(default_factory=list)
     worker: int | None = None
     model_loads: int = 0
+    losses: int = 0
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The metrics of a trial that came to its end or was pruned: what a failed one had reported counts nowhere."""
+        return {} if self.reason is not None else self.metrics
 
     @property
     def is_final(self) -> bool:
@@ -84,24 +103,33 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """The trials of a sweep: points by index, and the hash of all that decides them beside their points."""
+    """The trials of a sweep: where points come from, and the hash of all that decides them beside their points."""
 
-    points: Sequence[Point]
+    search: Search
     decided_by: str
     pruning: Pruning
 
 
 def finished_trials(run: Storage, plan: SweepPlan) -> dict[int, TrialRecord]:
-    """Records of trials that need not be made again, by index."""
-    found = (_read_record(run, index) for index in range(len(plan.points)))
-    return {
-        record.index: record
-        for record in found
-        if record is not None
-        and record.is_final
-        and record.settings == plan.decided_by
-        and record.point == plan.points[record.index]
-    }
+    """Records of trials that need not be made again, by index.
+
+    A lost trial is made again, unless later points were proposed from its loss: then it stays as it is.
+    """
+    read = (_read_record(run, index) for index in range(plan.search.most))
+    found = {record.index: record for record in read if record is not None and record.settings == plan.decided_by}
+    newest = max(found, default=0)
+    kept: dict[int, TrialRecord] = {}
+    while True:
+        points = plan.search.points(kept)
+        more = {
+            index: found[index]
+            for index, point in enumerate(points)
+            if index in found and index not in kept and found[index].point == point
+            if found[index].is_final or newest - index >= plan.search.window
+        }
+        if not more:
+            return kept
+        kept |= more
 
 
 def run_sweep(
@@ -110,22 +138,27 @@ def run_sweep(
     run: Storage,
     earlier: Mapping[int, TrialRecord],
     *,
+    settings_of: Callable[[Point], Mapping[str, Any]],
     num_workers: int,
     resources: Mapping[str, float],
     max_failures: int,
-    log: Log,
+    watchers: Sequence[Watcher] = (),
 ) -> dict[int, TrialRecord]:
-    """All records by index, `earlier` ones included. Ray must be running; failing trials are recorded, not raised."""
-    missing = [index for index in range(len(plan.points)) if index not in earlier]
-    if not missing:
+    """All records by index, `earlier` ones included. Ray must be running; failing trials are recorded, not raised.
+
+    settings_of: the plain settings of the job at a point; watchers: are told of trials as they come and go.
+    """
+    if is_complete(plan, earlier):
         return dict(earlier)
-    book = _Book(plan, run, dict(earlier), log)
+    book = _Book(plan, run, dict(earlier), watchers)
     trainable: Any = tune.with_parameters(SamplingTrial, spec=spec)
     with environment_defaults(_ENVIRONMENT):
         tune.Tuner(
             tune.with_resources(trainable, dict(resources)),
-            param_space={"trial": tune.grid_search(missing)},
             tune_config=tune.TuneConfig(
+                search_alg=_Queue(plan, book.records, settings_of),
+                num_samples=plan.search.most - len(earlier),
+                trial_dirname_creator=lambda trial: f"{trial.config[TRIAL]:05d}",
                 scheduler=plan.pruning.scheduler(list(earlier.values())),
                 max_concurrent_trials=num_workers,
                 reuse_actors=True,
@@ -142,23 +175,93 @@ def run_sweep(
     return book.records
 
 
-class _Book(tune.Callback):
-    """Writes the record of every trial when it ends, and says how far the sweep is."""
+def is_complete(plan: SweepPlan, ended: Mapping[int, TrialRecord]) -> bool:
+    """Whether every point that the search has to offer was tried."""
+    return len(plan.search.points(ended)) == len(ended)
 
-    def __init__(self, plan: SweepPlan, run: Storage, records: dict[int, TrialRecord], log: Log) -> None:
+
+class _Queue(Searcher):
+    """Hands Tune the points that were not tried yet, and waits where the next one hangs on a result.
+
+    In their order, but shuffled where trials are pruned: ASHA compares a trial with those before it, and a grid that
+    gets better from point to point would have none to prune.
+    """
+
+    def __init__(
+        self, plan: SweepPlan, records: Mapping[int, TrialRecord], settings_of: Callable[[Point], Mapping[str, Any]]
+    ) -> None:
+        super().__init__()
+        self._search, self._records, self._settings_of = plan.search, records, settings_of
+        self._prunes = len(plan.pruning.rungs) > 1
+        self._given: set[int] = set(records)
+
+    def _rank(self, index: int) -> float:
+        return random.Random(index).random() if self._prunes else index
+
+    def suggest(self, trial_id: str) -> Any:
+        points = self._search.points(self._records)
+        waiting = (index for index in range(len(points)) if index not in self._given)
+        index = min(waiting, key=self._rank, default=None)
+        if index is not None:
+            self._given.add(index)
+            return {TRIAL: index, SETTINGS: packed(self._settings_of(points[index]))}
+        return Searcher.FINISHED if len(self._given) == self._search.most else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The records say it all."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep is restored from its records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
+
+
+class Watcher:
+    """Is told what happens in a sweep."""
+
+    def on_progress(self, index: int, point: Point, reported: Mapping[str, float]) -> None:
+        """A trial began (nothing is reported yet), or came to a rung."""
+
+    def on_end(self, record: TrialRecord) -> None:
+        """A trial ended and its record is written."""
+
+    def on_tick(self) -> None:
+        """Time passed: several times a second."""
+
+
+class _Book(tune.Callback):
+    """Writes the record of every trial when it ends, and tells the watchers."""
+
+    def __init__(
+        self, plan: SweepPlan, run: Storage, records: dict[int, TrialRecord], watchers: Sequence[Watcher]
+    ) -> None:
         self.records = records
-        self._plan, self._run, self._log = plan, run, log
+        self._plan, self._run, self._watchers = plan, run, watchers
         self._history: dict[int, list[dict[str, float]]] = {}
-        self._before, self._began = len(records), time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for watcher in self._watchers:
+            watcher.on_tick()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._history[trial.config["trial"]] = []  # a trial that lost its worker begins anew
+        self._history[trial.config[TRIAL]] = []  # a trial that lost its worker begins anew
+        self._tell(trial.config[TRIAL], {})
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if FAILURE not in result:
-            self._history.setdefault(trial.config["trial"], []).append(_figures(result))
+            figures = _figures(result)
+            self._history.setdefault(trial.config[TRIAL], []).append(figures)
+            self._tell(trial.config[TRIAL], figures)
+
+    def _tell(self, index: int, figures: Mapping[str, float]) -> None:
+        for watcher in self._watchers:
+            watcher.on_progress(index, self._point(index), figures)
+
+    def _point(self, index: int) -> Point:
+        return self._plan.search.points(self.records)[index]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
@@ -171,11 +274,11 @@ class _Book(tune.Callback):
         self._keep(trial, "lost", _last_line(trial))
 
     def _keep(self, trial: Any, status: str, reason: str | None) -> None:
-        index, result = trial.config["trial"], trial.last_result or {}
+        index, result = trial.config[TRIAL], trial.last_result or {}
         history = self._history.get(index, [])
         record = TrialRecord(
             index=index,
-            point=self._plan.points[index],
+            point=self._point(index),
             status=status,
             metrics=history[-1] if history else {},
             settings=self._plan.decided_by,
@@ -183,25 +286,17 @@ class _Book(tune.Callback):
             history=history,
             worker=result.get(WORKER),
             model_loads=int(result.get(LOADS, 0)),
+            losses=trial.num_failures,
         )
         self.records[index] = record
         self._run.write_json(_record_name(index), asdict(record))
-        self._log(self._line(record))
-
-    def _line(self, record: TrialRecord) -> str:
-        done, total = len(self.records), len(self._plan.points)
-        left = (time.monotonic() - self._began) / (done - self._before) * (total - done)
-        name = self._plan.pruning.metric
-        figures = {"reward": f"{name} {record.metrics.get(name, math.nan):.4g}", "nfe": f"{record.metrics.get('nfe')}"}
-        what = record.reason or f"{figures['reward']}, {figures['nfe']} calls an image"
-        point = " ".join(f"{key}={value}" for key, value in record.point.items())
-        return f"{done} of {total} trials, {left:.0f} s left: {point}: {record.status}, {what}"
+        for watcher in self._watchers:
+            watcher.on_end(record)
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that the trial reported, without what Tune adds."""
-    own = ("reward", "judge.", "confidence", "diversity", "nfe", "seconds", FIDELITY)
-    return {name: float(value) for name, value in result.items() if name.startswith(own)}
+    return {name: float(value) for name, value in result.items() if name.startswith((*MEASURED, FIDELITY))}
 
 
 def _last_line(trial: Any) -> str:

@@ -6,6 +6,7 @@ their settings alone. The number of samples is the fidelity; a longer trial begi
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,10 @@ from mfm_ray.storage import Storage
 from mfm_ray.tuning.front import HALF_WIDTH
 
 FIDELITY, FAILURE, WORKER, LOADS = "num_samples", "failure", "worker", "model_loads"
+TRIAL, SETTINGS = "trial", "settings"
+"""Tune's configuration of a trial: its index, and its settings as text, which Tune does not take apart."""
+MEASURED = ("reward", "judge.", "confidence", "diversity", "frechet", "sliced_w2", "nfe", "seconds")
+"""What the names of the metrics begin with."""
 PICTURED = 10
 _PAIRED = 512  # images whose mutual distances are the diversity
 _INTERVAL = 1.96
@@ -36,15 +41,17 @@ class TrialSampler(Protocol):
     def draw(self, settings: Mapping[str, Any], *, first_image: int, count: int) -> Any:
         """`mfm_ray.samplers.Samples` of images first_image, first_image + 1, ...; InputError for what is refused."""
 
+    def compare(self, settings: Mapping[str, Any], images: Tensor) -> dict[str, float]:
+        """Distances of the images to held-out data with half widths; {} where none were asked for."""
+
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What all trials share. load: to a model, once a worker; settings: of every trial by index; rungs: numbers of
-    samples after which a trial reports, rising; pictures: where the first images of each trial go; threads: of torch.
+    """What all trials share. load: to a model, once a worker; rungs: numbers of samples after which a trial reports,
+    rising; pictures: where the first images of each trial go; threads: of torch.
     """
 
     load: Callable[[], TrialSampler]
-    settings: Mapping[int, Mapping[str, Any]]
     rungs: Sequence[int]
     pictures: Storage
     threads: int = 1
@@ -66,7 +73,7 @@ class SamplingTrial(tune.Trainable):
         return True
 
     def _begin(self, config: Mapping[str, Any]) -> None:
-        self._index = int(config["trial"])
+        self._index, self._settings = int(config[TRIAL]), json.loads(config[SETTINGS])
         self._rung, self._seconds = 0, 0.0
         self._drawn: list[Any] = []
 
@@ -76,8 +83,7 @@ class SamplingTrial(tune.Trainable):
         about = {WORKER: os.getpid(), LOADS: self._loads}
         began = time.perf_counter()
         try:
-            settings = self._spec.settings[self._index]
-            self._drawn.append(self._sampler.draw(settings, first_image=done, count=wanted - done))
+            self._drawn.append(self._sampler.draw(self._settings, first_image=done, count=wanted - done))
         except InputError as refusal:
             return {**about, FIDELITY: done, FAILURE: str(refusal), "done": True}
         self._seconds += time.perf_counter() - began
@@ -85,6 +91,7 @@ class SamplingTrial(tune.Trainable):
             self._keep_picture(self._drawn[0].images)
         self._rung += 1
         measured = measure(self._drawn, self._sampler.classifier, seconds=self._seconds)
+        measured |= self._sampler.compare(self._settings, torch.cat([part.images for part in self._drawn]).cpu())
         return {**about, **measured, FIDELITY: wanted, "done": self._rung == len(self._spec.rungs)}
 
     def _keep_picture(self, images: Tensor) -> None:
@@ -92,6 +99,11 @@ class SamplingTrial(tune.Trainable):
             zoom = max(1, 48 // images.shape[-1])
             content = png(grid(images[:PICTURED].cpu(), columns=PICTURED, gap=max(1, zoom // 2), zoom=zoom))
             self._spec.pictures.write_bytes(picture_name(self._index), content)
+
+
+def packed(settings: Mapping[str, Any]) -> str:
+    """Settings as the text that a trial gets."""
+    return json.dumps(settings)
 
 
 def picture_name(index: int) -> str:

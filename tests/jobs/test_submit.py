@@ -117,6 +117,21 @@ def test_a_submitted_deployment_stays_up_after_its_job(
         assert (refusal.code, json.load(refusal)["error"]["code"]) == (504, "deadline_exceeded")
 
 
+@pytest.mark.slow
+def test_a_submitted_sweep_leaves_its_table_and_presets(
+    client_environment: dict[str, str], tmp_path: Path, tiny_models: dict[str, str]
+) -> None:
+    words = [f"model={tiny_models['tiny']}", f"storage={tmp_path}", "num_samples=8", "num_steps=2"]
+    done = submit(client_environment, "sweep=num_draws", *words, "scaling.num_workers=2", job="tune")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"RESULT {tmp_path}/num_draws/result.json" in done.stdout
+    result = json.loads((tmp_path / "num_draws" / "result.json").read_text())
+    assert result["status"] == "ok"
+    assert result["metrics"]["trials.ok"] == 5
+    assert result["metrics"]["model_loads"] <= 2
+    assert all(Path(place).is_file() for place in result["artifacts"].values())
+
+
 def test_a_submitted_job_refuses_a_relative_storage_because_its_folder_is_temporary(
     client_environment: dict[str, str],
 ) -> None:

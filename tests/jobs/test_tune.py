@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from benchmarks.sweeps import KILLED, Sweeps, killed_and_resumed
 from jobs import sample, tune
 from jobs.contract import JobRun, Outcome
 from jobs.run_folder import RunFolder
@@ -65,11 +66,12 @@ def sweep(ray_session: None, tiny_models: dict[str, str], tmp_path: Path) -> Cal
 def test_a_sweep_ends_in_a_table_a_front_presets_and_a_report(
     sweep: Callable[..., Finished], tiny_models: dict[str, str], tmp_path: Path
 ) -> None:
-    done = sweep("draws", "sweep=num_draws", "judges=[brightness]", "scaling.num_workers=2")
+    asked = ["distances=[frechet,sliced_w2]", "log_to=[tensorboard,optuna]"]
+    done = sweep("draws", "sweep=num_draws", "judges=[brightness]", "scaling.num_workers=2", *asked)
     rows = done.rows
     assert [row["param.steering.num_draws"] for row in rows] == [1, 2, 4, 8, 16]
     assert {row["status"] for row in rows} == {"ok"}
-    for name in ("reward", "judge.brightness", "confidence", "diversity"):
+    for name in ("reward", "judge.brightness", "confidence", "diversity", "frechet", "sliced_w2"):
         assert all(row[f"{name}_half_width"] >= 0 and row[name] is not None for row in rows)
     assert done.outcome.metrics["model_loads"] <= 2
     front = json.loads((done.folder / "pareto.json").read_text())
@@ -78,6 +80,8 @@ def test_a_sweep_ends_in_a_table_a_front_presets_and_a_report(
     presets = yaml.safe_load((done.folder / "presets.yaml").read_text())
     costs = [presets[name]["measured"]["nfe"] for name in ("low", "medium", "high")]
     assert costs == sorted(costs)
+    assert sorted(path.name for path in (done.folder / "tensorboard").iterdir()) == [f"{i:05d}" for i in range(5)]
+    assert (done.folder / "optuna.db").is_file()
     page = (done.folder / "report.html").read_text()
     assert "What each setting does" in page
     assert "data:image/png" in page
@@ -127,6 +131,11 @@ def test_random_search_is_fixed_by_its_seed_and_resume_repeats_nothing(
         (["sweep=num_draws", "prune_after=8"], "prune_after=8: expected less than num_samples=8"),
         (["sweep=num_draws", "reward.scal=2"], "reward.scal: unknown key"),
         (["sweep=num_draws", "steering=dps"], "steering.num_draws: unknown key"),
+        (["sweep=num_draws", "search=optunna"], "search=optunna: expected one of .* did you mean optuna?"),
+        (["sweep=num_draws", "search=optuna"], "num_trials=1: Optuna makes so many trials"),
+        (["sweep=num_draws", "objectives={frechett: min}"], "objectives.frechett: .* did you mean frechet?"),
+        (["sweep=num_draws", "distances=[frechet]", "data_path=nowhere"], "nowhere"),
+        (["sweep=num_draws", "log_to=[tensorbord]"], "did you mean tensorboard?"),
         (["sweep=num_draws", "scaling.num_workers=0"], "trials run on Ray workers"),
     ],
 )
@@ -186,3 +195,17 @@ def test_a_killed_sweep_goes_on_to_the_table_of_an_uninterrupted_one(
     assert resumed.log[0] == f"{len(kept)} of 5 trials are there already"
     assert {name: (trials / name).stat().st_mtime_ns for name in kept} == kept
     assert resumed.table == sweep("calm", *words).table
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("search", list(KILLED))
+def test_three_kills_at_random_moments_change_nothing(search: str, tiny_models: dict[str, str]) -> None:
+    """kill -9 of the driver, each time resumed: the table of an uninterrupted sweep (benchmarks/sweeps.py)."""
+    sweep, *words = KILLED[search]
+    small = [*words, "num_samples=16", "num_steps=10", "scaling.num_workers=2", "scaling.start_timeout_s=240"]
+    with Sweeps(tiny_models["tiny"]) as sweeps:
+        there, same = killed_and_resumed(sweeps, sweep, *small, seed=1)
+    assert len(there) == 3 and there == sorted(there) and there[-1] < 12
+    assert same

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jobs.tune import trial_settings
+from jobs.tune import points_of_check, settings_of
 from mfm_ray.config import SampleConfig, TuneConfig, group_choices, load_config
 from mfm_ray.errors import InputError
 from mfm_ray.settings import from_dict
@@ -81,6 +81,10 @@ def test_a_conditional_setting_is_there_only_where_its_condition_holds():
         ({"x": {"loguniform": [0, 1]}}, "above 0"),
         ({"x": {"integers": [0.5, 1]}}, "two whole numbers"),
         ({"a": {"grid": [1], "when": {"steerin": "smc"}}, "steering": {"grid": ["smc"]}}, "did you mean steering?"),
+        (
+            {"a": {"grid": [1], "when": {"b": 1}}, "b": {"grid": [1], "when": {"a": 1}}},
+            "space.a.when: waits for itself",
+        ),
     ],
 )
 def test_a_mistake_in_a_space_is_one_line_that_names_it(space, message):
@@ -115,7 +119,7 @@ def test_every_sweep_file_composes_and_its_trials_rerun_by_their_words(sweep):
     config = load_config("tune", [f"sweep={sweep}"])
     assert isinstance(config, TuneConfig)
     assert config.name == sweep
-    trials = trial_settings(config)
+    trials = [settings_of(config, point) for point in points_of_check(config)]
     assert len(trials) >= 5
     for settings in (trials[0], trials[len(trials) - 1]):
         again = load_config("sample", sample_words(settings))
