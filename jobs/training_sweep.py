@@ -26,13 +26,13 @@ _UNDECIDED_SCALING = ("start_timeout_s", "max_failures", "resources_per_worker")
 
 def check(config: TrainSweepConfig) -> None:
     """Every trial could be trained, and an earlier call of this name had the same settings."""
-    plan = sweep_plan(config)
-    plan.scheduling.check(plan.race)
     if config.checkpoint_every > config.max_steps:
         raise InputError(
             f"checkpoint_every={config.checkpoint_every}: trials are measured at their checkpoints; expected at most "
             f"max_steps={config.max_steps}"
         )
+    plan = sweep_plan(config)
+    plan.scheduling.check(plan.race)
     space, num_classes = data_of(config)
     for settings in trial_settings(config).values():
         check_settings(from_dict(TrainConfig, settings), space, num_classes)

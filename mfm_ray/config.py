@@ -247,16 +247,7 @@ SWEEPS = "tune_configs"
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
 # the first four, the resources of a worker are named by the cluster, `training` holds keys of another root, and
 # `objectives` names metrics.
-ADDABLE = (
-    "network",
-    "objective",
-    "reward",
-    "steering",
-    "scaling.resources_per_worker",
-    "training",
-    "objectives",
-    "space",
-)
+ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training", "objectives")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,15 +339,20 @@ def _register_sweeps() -> None:
             node = OmegaConf.merge({"sweep": name}, OmegaConf.load(file))
         except (YAMLError, OSError) as error:
             raise InputError(f"sweep={name}: {file} cannot be read as YAML") from error
-        _choose_job(node)
+        _choose_job(name, node)
         ConfigStore.instance().store(group="sweep", name=name, node=node, package="_global_")
 
 
-def _choose_job(node: Any) -> None:
+def _choose_job(sweep: str, node: Any) -> None:
     """`job: train` is a plain key to whoever writes a sweep file, and the choice of a group to Hydra."""
     job = node.pop("job", None)
-    if job is not None:
-        node["defaults"] = [{"override /job": job}, *node.get("defaults", [])]
+    if job is None:
+        return
+    if job not in SWEPT_JOBS:
+        close = nearest(str(job), SWEPT_JOBS)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"job={job}: in the file of sweep={sweep}, expected one of {', '.join(SWEPT_JOBS)}{hint}")
+    node["defaults"] = [{"override /job": job}, *node.get("defaults", [])]
 
 
 def _compose(root: str, words: Sequence[str]) -> Composed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,12 +66,13 @@ class DivergedError(TrainingError):
 @dataclass(frozen=True, kw_only=True)
 class Additions:
     """What a trial of a sweep adds to a training. measure, start_from: see `Plan`; callbacks: of Ray Train, which get
-    the figures of every checkpoint.
+    the figures of every checkpoint; shows_progress: whether the run tells how far it is.
     """
 
     measure: Measure | None = None
     start_from: Storage | None = None
     callbacks: Sequence[Any] = ()
+    shows_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def run_training(
             measure=added.measure,
             start_from=added.start_from,
         )
-        fit(plan, typed, log, callbacks=added.callbacks)
+        fit(plan, typed, log, callbacks=added.callbacks, shows_progress=added.shows_progress)
         found = newest_checkpoint(storage)
     assert found is not None, "a finished run has a checkpoint"
     return finish(typed, storage, data, found, log)
@@ -224,16 +226,19 @@ def uses_gpu(config: TrainConfig) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= num_workers(config)
 
 
-def fit(plan: Plan, config: TrainConfig, log: Log, *, callbacks: Sequence[Any] = ()) -> None:
+def fit(
+    plan: Plan, config: TrainConfig, log: Log, *, callbacks: Sequence[Any] = (), shows_progress: bool = True
+) -> None:
     """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
     if not plan.cuda:
         check_comm_op()
     workers, each = num_workers(config), worker_resources(config, plan.cuda)
     wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
-    with environment_defaults(_RAY_ENVIRONMENT), ProgressDisplay(log) as progress:
+    display = ProgressDisplay(log) if shows_progress else nullcontext()
+    with environment_defaults(_RAY_ENVIRONMENT), display as progress:
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]
-            train_loop_config={"plan": replace(plan, progress=progress.actor)},
+            train_loop_config={"plan": plan if progress is None else replace(plan, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
             run_config=RunConfig(

@@ -75,7 +75,7 @@ def results_parquet(
             **record.metrics,
             "seed": config.seed,
             "words": swept_job(config).words(settings[record.index]),
-            **({} if models is None else {"model": models.get(record.index)}),
+            **({} if models is None else {"model": models.get(record.index), "exploits": json.dumps(record.exploits)}),
             "worker": record.worker,
             **{f"version.{name}": str(version) for name, version in facts["versions"].items()},
             "git": facts["git"],

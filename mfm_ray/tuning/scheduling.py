@@ -147,6 +147,7 @@ class Pbt(Scheduling):
             resample_probability=self.resample_probability,
             custom_explore_fn=_Bounds(race.space),
             log_config=False,
+            require_attrs=False,
         )
 
     def perturbed(self, race: Race) -> list[str]:

@@ -27,6 +27,7 @@ TRIALS, TUNE = "trials", "tune"
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so are signals
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is refused at its first step has measured nothing
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 Log = Callable[[str], None]

@@ -29,6 +29,7 @@ from mfm_ray.tuning.training_trial import (
     TRIAL,
     WHOLE,
     WORKER,
+    Mailbox,
     TrainingSpec,
     TrainingTrial,
     changes_of,
@@ -40,7 +41,9 @@ MODEL = "model"
 _HISTORY = (CHECKPOINTS, MODEL, INHERITED)  # what goes when a trial is not among the best
 # a trial only waits for its workers, which have resources of their own; Tune wants some resource above 0
 _TRIAL_RESOURCES = {"CPU": 0.0, "memory": float(1 << 20)}
-_TOLD = ("posterior_", "sample_", "confidence", "frechet", "seconds", "loss", "squared_error.", "learning_rate", STEP)
+# of what a training reports: the held-out figures by the beginning of their names, and these
+_MEASURED = ("posterior_", "sample_", "confidence", "frechet")
+_TOLD = (STEP, "seconds", "loss", "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,11 @@ def run_training_sweep(
         if index not in known:  # of another sweep of this name
             training_folder(spec.run, index).delete()
     history = {index: record.history for index, record in known.items()}
-    told = replace(spec, reported={index: int(reports[-1][STEP]) for index, reports in history.items() if reports})
+    told = replace(
+        spec,
+        mailbox=Mailbox.remote(),  # type: ignore[attr-defined]
+        reported={index: int(reports[-1][STEP]) for index, reports in history.items() if reports},
+    )
     trainable: Any = tune.with_parameters(TrainingTrial, spec=told)
     with environment_defaults(TUNE_ENVIRONMENT):
         tune.Tuner(
@@ -202,8 +209,4 @@ def kept_trials(records: Mapping[int, TrialRecord], plan: TrainingPlan) -> list[
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     """What the training reported, without what Tune adds."""
-    return {
-        name: float(value)
-        for name, value in result.items()
-        if name.startswith(_TOLD) and isinstance(value, int | float)
-    }
+    return {name: float(value) for name, value in result.items() if name in _TOLD or name.startswith(_MEASURED)}

@@ -2,7 +2,7 @@
 
 A trainer of Ray Train cannot be given to Ray Tune; the trial is an actor of Tune that runs the very `run_training` of
 `jobs.train` in a thread. Every checkpoint of that run brings the figures of the averaged model on held-out data, which
-Train's controller hands to the trial through a queue. Where a checkpoint is, there can a trial be stopped, go on after
+Train's controller hands to the trial through an actor. Where a checkpoint is, there can a trial be stopped, go on after
 a kill, or be taken over by another one (population based training).
 """
 
@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import copy
 import os
-import queue
 import shutil
 import tempfile
 import threading
+import time
+import uuid
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.train import UserCallback
-from ray.util.queue import Empty, Queue
 
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
@@ -49,12 +51,14 @@ _COPIES = 5  # tries to copy a checkpoint while its run goes on and may delete i
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
     """What all trials share. settings: the plain configuration of `jobs.train` by trial; run: the sweep's folder;
-    measure: of the averaged model at each checkpoint; reported: by trial, the last step that an earlier call knows of.
+    measure: of the averaged model at each checkpoint; mailbox: handle of the `Mailbox` of all trials; reported: by
+    trial, the last step that an earlier call knows of.
     """
 
     settings: Mapping[int, Mapping[str, Any]]
     run: Storage
     measure: Measure
+    mailbox: Any = None
     reported: Mapping[int, int] = field(default_factory=dict)
 
     def folder(self, index: int) -> Storage:
@@ -106,7 +110,7 @@ class TrainingTrial(tune.Trainable):
     def _start(self) -> _Attempt:
         folder = self._spec.folder(self._index)
         settings = with_changes(self._spec.settings[self._index], {**self._changed, **changes_of(folder)})
-        return _Attempt(settings, folder, self._spec.measure, self._reported)
+        return _Attempt(settings, folder, self._spec, self._reported)
 
     def _failed(self, error: Exception, *, lost: bool) -> dict[str, Any]:
         return {WORKER: os.getpid(), STEP: self._reported, FAILURE: str(error), LOST: lost, "done": True}
@@ -115,17 +119,19 @@ class TrainingTrial(tune.Trainable):
 class _Attempt:
     """A training that goes on in a thread of its own, until its end or that of this process."""
 
-    def __init__(self, settings: Mapping[str, Any], folder: Storage, measure: Measure, reported: int) -> None:
-        self._reports = Queue(actor_options={"num_cpus": 0})
+    def __init__(self, settings: Mapping[str, Any], folder: Storage, spec: TrainingSpec, reported: int) -> None:
+        self._mailbox, self._address = spec.mailbox, uuid.uuid4().hex
+        self._reports: list[dict[str, Any]] = []
         self._last: dict[str, Any] = {}
         self._result: TrainingResult | None = None
         self._error: Exception | None = None
         self._max_steps = int(settings["max_steps"])
         self._unsaid = _figures_of_newest(folder, after=reported)
         additions = Additions(
-            measure=measure,
+            measure=spec.measure,
             start_from=folder.child(INHERITED) if folder.is_dir(INHERITED) else None,
-            callbacks=[TellTrial(self._reports)],
+            callbacks=[TellTrial(self._mailbox, self._address)],
+            shows_progress=False,
         )
         arguments = (settings, folder, True, _say_nothing)
         self._thread = threading.Thread(
@@ -144,32 +150,53 @@ class _Attempt:
         self._last, self._unsaid = self._unsaid or self._wait(), None
         if self._last[STEP] >= self._max_steps:
             self._thread.join()
-        if self._thread.is_alive() or self._error is not None or not self._reports.empty():
+        if self._thread.is_alive() or self._error is not None or self._look():
             return self._last
         return {**self._last, WHOLE: True, "done": True}
 
     def _wait(self) -> dict[str, Any]:
         while True:
-            is_alive = self._thread.is_alive()
-            try:
-                return self._reports.get(timeout=_POLL_S)
-            except (Empty, queue.Empty):
-                if is_alive:
-                    continue
+            was_alive = self._thread.is_alive()
+            if self._look():
+                return self._reports.pop(0)
+            if was_alive:
+                time.sleep(_POLL_S)
+                continue
             if self._error is not None:
                 raise self._error
             assert self._result is not None
             return {**self._last, **self._result.metrics}
 
+    def _look(self) -> bool:
+        """Whether there are reports that were not handed on."""
+        self._reports += ray.get(self._mailbox.take.remote(self._address))
+        return bool(self._reports)
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Reports of trainings on the way to their trials, one for the whole sweep."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+    def put(self, address: str, report: dict[str, Any]) -> None:
+        self._reports[address].append(report)
+
+    def take(self, address: str) -> list[dict[str, Any]]:
+        """All that came since the last call, in its order."""
+        return self._reports.pop(address, [])
+
 
 class TellTrial(UserCallback):
     """Hands the figures of every checkpoint to the trial; called in Ray Train's controller."""
 
-    def __init__(self, reports: Queue) -> None:
-        self._reports = reports
+    def __init__(self, mailbox: Any, address: str) -> None:
+        self._mailbox, self._address = mailbox, address
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._reports.put(metrics[0])
+        # waited for, so that a report is there when the training has ended
+        ray.get(self._mailbox.put.remote(self._address, metrics[0]))
 
 
 def with_changes(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
