@@ -109,6 +109,7 @@ def run_training_sweep(
                 failure_config=tune.FailureConfig(max_failures=max_failures),
             ),
         ).fit()
+    book.keep_the_best()  # a trial that was stopped may have written a checkpoint while it ended
     spec.run.delete(TUNE)
     return book.records
 
