@@ -246,13 +246,14 @@ def test_the_worst_of_a_population_goes_on_from_the_best_ones_checkpoint(sweeps:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: Path, ray_session: None) -> None:
-    """The only worker is killed again and again, as the kernel does when memory is short."""
+    """The only worker is killed, as the kernel does when memory is short."""
     words = ["sweep=short", "scaling.max_failures=0", "max_steps=4000", "checkpoint_every=500", "concurrent_trials=1"]
     folder = sweeps / "lost"
     command = [sys.executable, "-m", "jobs.tune", f"storage={sweeps}", "name=lost", *SMALL, *words]
+    mark = f"MFM_RAY_TEST_OF={sweeps}"
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **dict([mark.split("=", 1)])},
         cwd=sweeps,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -261,7 +262,7 @@ def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: 
     )
     first = Storage(folder / "trainings" / "00000")
     wait_until(lambda: newest_checkpoint(first) is not None if first.is_dir("checkpoints") else False, process)
-    killed = [pid for pid in training_workers(process.pid) if os.kill(pid, signal.SIGKILL) is None]
+    killed = [pid for pid in training_workers(mark) if os.kill(pid, signal.SIGKILL) is None]
     assert killed
     output, _ = process.communicate(timeout=600)
     record = json.loads((folder / "trials" / "00000.json").read_text())
@@ -272,17 +273,17 @@ def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: 
     assert resumed.record(GOOD)["history"][-1]["step"] == 4000
 
 
-def training_workers(driver: int) -> list[int]:
-    """Processes below the driver's session that Ray calls workers of a training."""
+def training_workers(mark: str) -> list[int]:
+    """Processes that Ray calls workers of a training, of the driver whose environment has the mark."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                title = (folder / "cmdline").read_text().replace("\0", " ")
-                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-            except (OSError, IndexError):
-                continue
-            if session == os.getsid(driver) and "RayTrainWorker" in title:
+                title = (folder / "cmdline").read_text()
+                is_ours = mark.encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue  # it has ended, or is somebody else's
+            if is_ours and "RayTrainWorker" in title:
                 found.append(int(folder.name))
     return found
 
