@@ -1,11 +1,12 @@
 """The side of `jobs.tune` that trains: every trial is a run of `jobs.train`, its settings a difference from it."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.cluster import ray_cluster
+from jobs.cluster import num_gpus, ray_cluster
 from jobs.contract import JobRun, Outcome
 from jobs.recipe import prepared_data
 from jobs.run_folder import RunFolder
@@ -55,6 +56,7 @@ def body(run: JobRun) -> Outcome:
         ended = sum(record.is_final for record in known.values())
         run.log(f"{ended} of {len(plan.points)} trials are there already, {len(known) - ended} were begun")
     data = prepared_data(config, run)
+    _check_on(data, config)
     judge = _judge_of(config, data, run)
     records = _run_missing(run, plan, known, data, judge)
     models = {index: _write_model(run, index, judge) for index in kept_trials(records, plan)}
@@ -64,10 +66,21 @@ def body(run: JobRun) -> Outcome:
     return dataclasses.replace(outcome, artifacts={"model": best, **outcome.artifacts})
 
 
-def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], data: Storage, judge: Any) -> dict[int, Any]:
-    import torch
+def _check_on(data: Storage, config: TrainSweepConfig) -> None:
+    """What only the prepared data show of the trials' settings: images to jitter, a teacher of the same data."""
+    from mfm_ray.data.shards import read_manifest
+    from mfm_ray.training.launch import check_images
+    from mfm_ray.training.teacher import check_teacher
 
-    from mfm_ray.training.launch import uses_gpu, worker_resources
+    manifest = read_manifest(data)
+    for settings in trial_settings(config).values():
+        trial = from_dict(TrainConfig, settings)
+        check_images(trial, manifest)
+        check_teacher(trial.objective, manifest)
+
+
+def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], data: Storage, judge: Any) -> dict[int, Any]:
+    from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_resources
     from mfm_ray.tuning.training_quality import HeldOutQuality
     from mfm_ray.tuning.training_sweep import run_training_sweep
     from mfm_ray.tuning.training_trial import TrainingSpec
@@ -89,11 +102,12 @@ def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], data: Storage
     if all(index in known and known[index].is_final for index in range(len(plan.points))):
         return run_training_sweep(plan, spec, known, concurrent=1, max_failures=0, log=run.log)
     with ray_cluster(run.log):
-        cuda = uses_gpu(config)
-        each, workers = worker_resources(config, cuda), int(config.scaling.num_workers)  # type: ignore[arg-type]
-        if cuda and not torch.cuda.is_available():
-            run.log("trials train on the cluster's GPUs")
-        concurrent = config.concurrent_trials or max(1, room_for(each) // workers)
+        if config.scaling.use_gpu and num_gpus() == 0:
+            raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
+        each, workers = worker_resources(config, uses_gpu(config)), int(config.scaling.num_workers)  # type: ignore[arg-type]
+        wait_for_resources(workers, each, config.scaling.start_timeout_s, run.log)
+        room = room_for(each, own_cpus=len(os.sched_getaffinity(0)))
+        concurrent = config.concurrent_trials or max(1, room // workers)
         missing = sum(not (index in known and known[index].is_final) for index in range(len(plan.points)))
         concurrent = min(concurrent, missing)
         run.log(f"{missing} trials of {workers} workers, {each} each, {concurrent} at once")

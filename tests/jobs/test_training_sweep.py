@@ -45,6 +45,12 @@ SMALL = [
     "heldout.num_rows=64",
 ]
 GOOD, USELESS, DIVERGING = 0, 2, 1
+PAIR = """
+job: train
+space:
+  optimizer.weight_decay: {grid: [0.0, 1.0e+30]}
+objectives: {posterior_score: min, seconds: min}
+"""
 SHORT = """
 job: train
 space:
@@ -78,38 +84,56 @@ def in_process(folder: Path, *words: str) -> Finished:
 
 @pytest.fixture
 def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a sweep of three trials: one is good, one diverges, one is far off."""
+    """A working directory with two sweeps: a good trial and one that diverges; these and one that is far off."""
     (tmp_path / "tune_configs").mkdir()
+    (tmp_path / "tune_configs" / "pair.yaml").write_text(PAIR)
     (tmp_path / "tune_configs" / "short.yaml").write_text(SHORT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.ray
-def test_a_sweep_stops_the_useless_notes_the_diverged_and_keeps_the_best_model(ray_session: None, sweeps: Path) -> None:
-    done = in_process(sweeps / "short", "sweep=short", "concurrent_trials=2")
+def test_a_sweep_measures_its_trials_notes_the_diverged_and_keeps_the_best_model(
+    ray_session: None, sweeps: Path
+) -> None:
+    done = in_process(sweeps / "pair", "sweep=pair", "concurrent_trials=2")
     rows = done.rows
-    assert [row["status"] for row in rows] == ["ok", "refused", "pruned"]
-    assert "nan" in rows[DIVERGING]["reason"] or "inf" in rows[DIVERGING]["reason"]
-    steps = [report["step"] for report in done.record(GOOD)["history"]]
-    assert steps == [10, 20, 30, 40]
-    assert rows[USELESS]["step"] < 40 and rows[USELESS]["posterior_score"] > rows[GOOD]["posterior_score"]
+    assert [row["status"] for row in rows] == ["ok", "refused"]
+    assert "step 2: loss is nan" in rows[DIVERGING]["reason"]
+    assert [report["step"] for report in done.record(GOOD)["history"]] == [10, 20, 30, 40]
     assert rows[GOOD]["posterior_score_half_width"] > 0 and rows[GOOD]["posterior_error"] > 0
     kept = done.folder / "trainings" / "00000" / "model"
-    assert [row["model"] for row in rows] == [str(kept), None, None]
+    assert [row["model"] for row in rows] == [str(kept), None]
     assert done.outcome.artifacts["model"] == str(kept)
     assert json.loads((kept / "config.json").read_text())["training"]["steps"] == 40
-    for index in (DIVERGING, USELESS):
-        left = {path.name for path in (done.folder / "trainings" / f"{index:05d}").iterdir()}
-        assert not left & {"checkpoints", "model"}
+    assert not left_of(done, DIVERGING) & {"checkpoints", "model"}
     page = (done.folder / "report.html").read_text()
     for part in ("Learning curves", "Trials that failed", "data:image/png", "jobs.train"):
         assert part in page
     words = yaml.safe_load((done.folder / "presets.yaml").read_text())["high"]["words"]
-    assert load_config("train", words).optimizer.learning_rate == 0.001  # type: ignore[attr-defined]
+    assert load_config("train", words).optimizer.weight_decay == 0.0  # type: ignore[attr-defined]
+    again = in_process(sweeps / "pair", "sweep=pair", "concurrent_trials=2", "resume=true")
+    assert again.log[0] == "2 of 2 trials are there already, 0 were begun"
+    assert [{**row, "git": None} for row in again.rows] == [{**row, "git": None} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_trial_that_is_worse_at_a_rung_is_stopped_and_stays_stopped(ray_session: None, sweeps: Path) -> None:
+    done = in_process(sweeps / "short", "sweep=short", "concurrent_trials=2")
+    rows = done.rows
+    assert [row["status"] for row in rows] == ["ok", "refused", "pruned"]
+    assert rows[USELESS]["step"] == 10  # the first rung
+    assert rows[USELESS]["posterior_score"] > done.record(GOOD)["history"][0]["posterior_score"]
+    assert not left_of(done, USELESS) & {"checkpoints", "model"}
     again = in_process(sweeps / "short", "sweep=short", "concurrent_trials=2", "resume=true")
     assert again.log[0] == "3 of 3 trials are there already, 0 were begun"
     assert [{**row, "git": None} for row in again.rows] == [{**row, "git": None} for row in rows]
+
+
+def left_of(sweep: Finished, index: int) -> set[str]:
+    return {path.name for path in (sweep.folder / "trainings" / f"{index:05d}").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -195,9 +219,9 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints_to_the_same_table(sweeps: P
     resumed = in_process(folder, *words, "resume=true")
     assert resumed.log[0] == "0 of 3 trials are there already, 1 were begun"
     calm = in_process(sweeps / "calm", *words)
-    assert (
-        [row["status"] for row in resumed.rows] == [row["status"] for row in calm.rows] == ["ok", "refused", "pruned"]
-    )
+    ends = [[(row["status"], row["reason"], row["step"]) for row in sweep.rows] for sweep in (resumed, calm)]
+    assert ends[0] == ends[1]
+    assert [status for status, _, _ in ends[0]][:2] == ["ok", "refused"]
     histories = [[report["posterior_score"] for report in sweep.record(GOOD)["history"]] for sweep in (resumed, calm)]
     assert histories[0] == histories[1] and len(histories[0]) == 4
     models = [weights(sweep.folder / "trainings" / "00000" / "model") for sweep in (resumed, calm)]
@@ -218,9 +242,10 @@ def test_a_killed_sweep_goes_on_from_its_checkpoints_to_the_same_table(sweeps: P
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_the_worst_of_a_population_goes_on_from_the_best_ones_checkpoint(sweeps: Path, ray_session: None) -> None:
+    rates = [0.001, 0.02]
     (sweeps / "tune_configs" / "population.yaml").write_text(
         "job: train\ndefaults:\n  - override /scheduler: pbt\nlearning_rate_schedule: constant\n"
-        "space:\n  optimizer.learning_rate: {grid: [0.001, 1.0]}\nobjectives: {posterior_score: min}\n"
+        f"space:\n  optimizer.learning_rate: {{grid: {rates}}}\nobjectives: {{posterior_score: min}}\n"
     )
     done = in_process(
         sweeps / "population",
@@ -232,27 +257,29 @@ def test_the_worst_of_a_population_goes_on_from_the_best_ones_checkpoint(sweeps:
         "concurrent_trials=2",
     )
     assert [row["status"] for row in done.rows] == ["ok", "ok"]
-    exploits = done.record(1)["exploits"]
-    assert exploits and exploits[0]["from"] == 0
-    changed = exploits[-1]["changed"]["optimizer.learning_rate"]
-    assert changed in (0.001, 1.0)  # the neighbours of the best one's value in the list
-    words = next(row["words"] for row in done.rows if row["trial"] == 1)
-    assert load_config("train", words).optimizer.learning_rate == changed  # type: ignore[attr-defined]
-    last = done.record(1)["history"][-1]
-    assert last["step"] == 3600 and last["learning_rate"] == changed
+    taken_over = [index for index in (0, 1) if done.record(index)["exploits"]]
+    assert taken_over
+    for index in taken_over:
+        exploit, last = done.record(index)["exploits"][-1], done.record(index)["history"][-1]
+        assert exploit["from"] == 1 - index and 600 <= exploit["step"] <= 3600
+        changed = exploit["changed"]["optimizer.learning_rate"]
+        assert changed in rates  # a value's neighbours in the list
+        assert last["step"] == 3600 and last["learning_rate"] in (changed, rates[index])
+        assert load_config("train", done.rows[index]["words"]).optimizer.learning_rate == changed  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: Path, ray_session: None) -> None:
-    """The only worker is killed again and again, as the kernel does when memory is short."""
+    """The only worker is killed, as the kernel does when memory is short."""
     words = ["sweep=short", "scaling.max_failures=0", "max_steps=4000", "checkpoint_every=500", "concurrent_trials=1"]
     folder = sweeps / "lost"
     command = [sys.executable, "-m", "jobs.tune", f"storage={sweeps}", "name=lost", *SMALL, *words]
+    mark = f"MFM_RAY_TEST_OF={sweeps}"
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **dict([mark.split("=", 1)])},
         cwd=sweeps,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -261,7 +288,7 @@ def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: 
     )
     first = Storage(folder / "trainings" / "00000")
     wait_until(lambda: newest_checkpoint(first) is not None if first.is_dir("checkpoints") else False, process)
-    killed = [pid for pid in training_workers(process.pid) if os.kill(pid, signal.SIGKILL) is None]
+    killed = [pid for pid in training_workers(mark) if os.kill(pid, signal.SIGKILL) is None]
     assert killed
     output, _ = process.communicate(timeout=600)
     record = json.loads((folder / "trials" / "00000.json").read_text())
@@ -272,17 +299,17 @@ def test_a_trial_whose_workers_die_is_recorded_and_goes_on_when_resumed(sweeps: 
     assert resumed.record(GOOD)["history"][-1]["step"] == 4000
 
 
-def training_workers(driver: int) -> list[int]:
-    """Processes below the driver's session that Ray calls workers of a training."""
+def training_workers(mark: str) -> list[int]:
+    """Processes that Ray calls workers of a training, of the driver whose environment has the mark."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                title = (folder / "cmdline").read_text().replace("\0", " ")
-                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-            except (OSError, IndexError):
-                continue
-            if session == os.getsid(driver) and "RayTrainWorker" in title:
+                title = (folder / "cmdline").read_text()
+                is_ours = mark.encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue  # it has ended, or is somebody else's
+            if is_ours and "RayTrainWorker" in title:
                 found.append(int(folder.name))
     return found
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mfm_ray.config import load_config, to_dict
+from jobs import training_sweep
+from mfm_ray.config import TrainSweepConfig, load_config, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.tuning.training_space import train_words, training_settings
 
@@ -60,6 +61,18 @@ def test_a_point_leaves_the_common_settings_as_they_are() -> None:
     common = settings_of()
     training_settings(common, {"objective": "lagrangian", "optimizer.learning_rate": 1.0})
     assert common == settings_of()
+
+
+@pytest.mark.parametrize("sweep", ["training", "training_schedule"])
+def test_the_sweep_files_compose_and_fit_the_recipes(sweep: str) -> None:
+    for experiment in ("gmm", "digits"):
+        config = load_config("tune", [f"sweep={sweep}", f"experiment={experiment}", "num_trials=3"])
+        assert isinstance(config, TrainSweepConfig) and config.name == sweep
+        training_sweep.check(config)
+        trials = training_sweep.trial_settings(config)
+        assert len(trials) >= 3
+        for settings in trials.values():
+            assert to_dict(load_config("train", train_words(settings))) == {**settings, "name": experiment}
 
 
 @pytest.mark.parametrize("objective", ["semigroup", "lagrangian", "mean_flow"])
