@@ -26,7 +26,7 @@ class Ended(Protocol):
     """What a search wants to know of an ended trial."""
 
     @property
-    def metrics(self) -> Mapping[str, float]: ...
+    def measured(self) -> Mapping[str, float]: ...
 
 
 class Search(Protocol):
@@ -112,7 +112,7 @@ class Proposed:
         return False
 
     def _tell(self, trial: Any, ended: Ended | None) -> None:
-        metrics = ended.metrics if ended is not None else {}
+        metrics = ended.measured if ended is not None else {}
         values = [metrics.get(name, math.nan) for name in self._objectives]
         if all(map(math.isfinite, values)):
             self._study.tell(trial, values)

@@ -66,6 +66,11 @@ class TrialRecord:
     exploits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def measured(self) -> dict[str, float]:
+        """The metrics of a trial that came to its end or was pruned: what a failed one had reported counts nowhere."""
+        return {} if self.reason is not None else self.metrics
+
+    @property
     def is_final(self) -> bool:
         return self.status not in ("lost", "running")
 

@@ -114,8 +114,8 @@ class OptunaTracker(Watcher):
         self._study.enqueue_trial(_plain(record.point, none_is_text=False), user_attrs=noted)
         trial = self._study.ask()
         ask_point(self._sweep.settings, trial)
-        values = [record.metrics.get(name, math.nan) for name in self._sweep.objectives]
-        if record.status in ("ok", "pruned") and all(map(math.isfinite, values)):
+        values = [record.measured.get(name, math.nan) for name in self._sweep.objectives]
+        if all(map(math.isfinite, values)):
             self._study.tell(trial, values)
         else:
             self._study.tell(trial, state=self._states.FAIL)

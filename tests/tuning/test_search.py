@@ -43,7 +43,7 @@ def run(search, *, order, workers=4):
         if not running:
             return list(points)
         index = running.pop(order.randrange(len(running)))
-        ended[index] = SimpleNamespace(metrics=figures(points[index]))
+        ended[index] = SimpleNamespace(measured=figures(points[index]))
 
 
 @pytest.mark.parametrize("name", ["optuna", "optuna_nsga2"])
@@ -77,14 +77,14 @@ def test_a_space_that_holds_no_more_ends_the_sweep_without_repeats():
     search = build_search("optuna", small, options(objectives={"reward": "max"}))
     ended = {}
     while len(ended) < len(points := search.points(ended)):
-        ended |= {index: SimpleNamespace(metrics={"reward": 1.0}) for index in range(len(points))}
+        ended |= {index: SimpleNamespace(measured={"reward": 1.0}) for index in range(len(points))}
     assert sorted(points, key=str) == sorted(({"a": a, "b": b} for a in (1, 2) for b in (True, None)), key=str)
     assert search.most == 4
 
 
 def test_a_failed_trial_is_no_obstacle():
     search = build_search("optuna", SPACE, options(num_trials=8))
-    ended = {index: SimpleNamespace(metrics={}) for index in range(8)}
+    ended = {index: SimpleNamespace(measured={}) for index in range(8)}
     assert len(search.points(ended)) == 8
 
 

@@ -192,9 +192,17 @@ def test_a_loss_that_proposals_were_made_from_stays_one(tmp_path: Path) -> None:
     while len(records) < 6:
         for index, point in enumerate(search.points(records)):
             status = "lost" if index in (1, 5) else "ok"
-            metrics = {} if status == "lost" else {"reward": point["x"]}
-            records[index] = TrialRecord(index=index, point=point, status=status, metrics=metrics, settings="hash")
+            reason = "out of memory" if status == "lost" else None
+            records[index] = TrialRecord(
+                index=index,
+                point=point,
+                status=status,
+                metrics={"reward": point["x"]},
+                settings="hash",
+                reason=reason,
+            )
             run.write_json(f"trials/{index:05d}.json", asdict(records[index]))
     pruning = Pruning(metric="reward", mode="max", rungs=[8], reduction_factor=2)
     plan = SweepPlan(search=build_search("optuna", settings, options), decided_by="hash", pruning=pruning)
     assert sorted(finished_trials(run, plan)) == [0, 1, 2, 3, 4]
+    assert records[1].measured == {} and records[0].measured == records[0].metrics
