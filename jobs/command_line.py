@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mfm_ray.config import ROOTS, compose, flatten, group_choices, load_config, to_dict, to_yaml
+from mfm_ray.config import compose, flatten, group_choices, load_config, root_class, to_dict, to_yaml
 from mfm_ray.errors import InputError
 from mfm_ray.settings import expected, leaves, shown
 
@@ -38,7 +38,7 @@ def help_text(job: str, words: Sequence[str]) -> str:
             lines.append(f"  {group}={choice or ''}  (one of {', '.join(group_choices(group))})")
         lines.append("")
     lines.append("Keys and their defaults:")
-    fields = leaves(ROOTS[job])
+    fields = leaves(root_class(job, composed))
     for key, value in flatten(composed.values).items():
         if key in composed.choices or (isinstance(value, dict) and key not in fields):
             continue

@@ -53,7 +53,7 @@ def choose_workers(scaling: SampleScalingConfig, num_shards: int) -> Workers:
         resources.pop("GPU", None)
     wanted = scaling.num_workers
     if wanted is None:  # a local cluster has more places than cores, and two workers on one core are slower than one
-        wanted = _room_for(resources, own_cpus=len(os.sched_getaffinity(0)))
+        wanted = room_for(resources, own_cpus=len(os.sched_getaffinity(0)))
     return Workers(
         num=max(1, min(wanted, num_shards)),
         resources=resources,
@@ -62,7 +62,7 @@ def choose_workers(scaling: SampleScalingConfig, num_shards: int) -> Workers:
     )
 
 
-def _room_for(resources: Mapping[str, float], *, own_cpus: float = math.inf) -> int:
+def room_for(resources: Mapping[str, float], *, own_cpus: float = math.inf) -> int:
     """Workers that the cluster's nodes hold when nothing else runs. own_cpus: limit of the CPUs of this machine."""
     import ray
 
@@ -254,7 +254,7 @@ class _Pool:
         return total
 
     def _no_worker(self) -> str:
-        asked, room = self._workers, _room_for(self._workers.resources)
+        asked, room = self._workers, room_for(self._workers.resources)
         why = "busy or slow" if room else "too small"
         return (
             f"scaling.num_workers={asked.num}: no worker with resources_per_worker={asked.resources} is ready; the "

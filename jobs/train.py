@@ -17,6 +17,11 @@ from mfm_ray.errors import InputError
 
 def check(config: TrainConfig) -> None:
     """What can be known before a cluster is there: the batch divides, the data is whole, the network can be built."""
+    check_settings(config, *data_of(config))
+
+
+def check_settings(config: TrainConfig, space: DataSpace, num_classes: int) -> None:
+    """`check` without a look at the data, whose space and number of classes are given."""
     import torch
 
     from mfm_ray.networks import build_network
@@ -25,7 +30,6 @@ def check(config: TrainConfig) -> None:
     check_config(config)
     if config.scaling.use_gpu and not _may_join() and not torch.cuda.is_available():
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
-    space, num_classes = _data_of(config)
     if config.classifier_steps and not num_classes:
         raise InputError(f"classifier_steps={config.classifier_steps}: {config.data.name} has no classes; expected 0")
     with torch.device("meta"):
@@ -43,7 +47,7 @@ def body(run: JobRun) -> Outcome:
     return Outcome(metrics=result.metrics, artifacts=result.artifacts)
 
 
-def _data_of(config: TrainConfig) -> tuple[DataSpace, int]:
+def data_of(config: TrainConfig) -> tuple[DataSpace, int]:
     """Space and number of classes of the training data, after a look at every byte of it."""
     from jobs.prepare_data import make_dataset
     from mfm_ray.data.shards import verify_shards

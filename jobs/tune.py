@@ -1,8 +1,9 @@
-"""A sweep over the settings of `jobs.sample`, down to a Pareto front and presets: docs/sweeps.md.
+"""A sweep over the settings of `jobs.sample` or `jobs.train`, down to a Pareto front and presets: docs/sweeps.md.
 
 python -m jobs.tune sweep=guidance_scale model=runs/digits/model
 python -m jobs.tune sweep=methods model=runs/digits/model reward=brightness num_samples=256 prune_after=32
 python -m jobs.tune sweep=methods model=runs/digits/model resume=true
+python -m jobs.tune sweep=training experiment=digits num_trials=8 max_steps=1000 checkpoint_every=250
 ray job submit --working-dir . -- python -m jobs.tune sweep=methods model=/shared/model storage=/shared/runs
 """
 
@@ -10,31 +11,41 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jobs import training_sweep
 from jobs.cluster import ray_cluster
 from jobs.contract import JobRun, Outcome, run_job
-from jobs.evaluation import REPORT, command_line
-from jobs.provenance import git_commit, versions
 from jobs.run_folder import RunFolder
 from jobs.sample_maker import draw_samples
 from jobs.sample_pool import choose_workers
 from jobs.sample_shards import checksum, deciding_settings, refuse_other_settings
+from jobs.sweep_outcome import finish_sweep
 from jobs.workbench import Workbench
-from mfm_ray.config import SampleConfig, TuneConfig, flatten, to_dict
+from mfm_ray.config import SampleConfig, SweepConfig, TuneConfig, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.settings import from_dict, nearest
 from mfm_ray.storage import Storage
 
-SWEEP, RESULTS, FRONT, PRESETS, PICTURES = "sweep.json", "results.parquet", "pareto.json", "presets.yaml", "pictures"
+SWEEP, PICTURES = "sweep.json", "pictures"
 _SWEPT = ("space", "search", "search_window", "num_trials", "objectives", "prune_after", "reduction_factor")
 _MEASURED = ("distances", "data_path")
-_COMMON = {"sweep", *_SWEPT, *_MEASURED, "log_to"}
+_COMMON = {"job", "sweep", *_SWEPT, *_MEASURED, "log_to"}
 
 
-def check(config: TuneConfig) -> None:
-    """Every trial of the sweep can be built on the model, and an earlier call of this name had the same settings."""
+def check(config: SweepConfig) -> None:
+    """Every trial of the sweep can be made, and an earlier call of this name had the same settings."""
+    _JOBS[config.job][0](config)
+
+
+def body(run: JobRun) -> Outcome:
+    """Makes the trials that are not there yet, and writes what all of them say."""
+    return _JOBS[run.config.job][1](run)
+
+
+def check_sampling(config: TuneConfig) -> None:
+    """`check` of a sweep over `jobs.sample`: every trial can be built on the model."""
     if not config.objectives:
         raise InputError("objectives: empty; expected metrics such as {reward: max, nfe: min}")
     bench = Workbench(config.model)
@@ -59,9 +70,8 @@ def check(config: TuneConfig) -> None:
         refuse_other_settings(_earlier_sweep(run), sweep_settings(config), where=run.uri)
 
 
-def body(run: JobRun) -> Outcome:
-    """Makes the trials that are not there yet, and writes what all of them say."""
-    from mfm_ray.tuning.outputs import write_outputs
+def sweep_sampling(run: JobRun) -> Outcome:
+    """`body` of a sweep over `jobs.sample`."""
     from mfm_ray.tuning.sweep import finished_trials
 
     began = time.monotonic()
@@ -72,24 +82,8 @@ def body(run: JobRun) -> Outcome:
     if config.resume:
         run.log(f"{len(earlier)} of {plan.search.most} trials are there already")
     records = _run_missing(run, plan, earlier)
-    facts = {
-        "command": command_line("tune"),
-        "versions": versions(),
-        "git": git_commit(),
-        "settings": {key: value for key, value in flatten(to_dict(config)).items() if not isinstance(value, Mapping)},
-        "seconds": time.monotonic() - began,
-    }
     settings = {index: settings_of(config, record.point) for index, record in records.items()}
-    metrics = write_outputs(run.storage, config, settings, records, facts=facts, log=run.log)
-    return Outcome(
-        metrics=metrics,
-        artifacts={
-            "results": run.storage.uri_of(RESULTS),
-            "pareto": run.storage.uri_of(FRONT),
-            "presets": run.storage.uri_of(PRESETS),
-            "report": run.storage.uri_of(REPORT),
-        },
-    )
+    return finish_sweep(run, settings, records, began=began)
 
 
 def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int, Any]:
@@ -264,6 +258,12 @@ def _check_objectives(config: TuneConfig, judges: set[str], *, has_classifier: b
 def _earlier_sweep(run: Storage) -> dict[str, Any] | None:
     return run.read_json(SWEEP) if run.is_file(SWEEP) else None
 
+
+_JOBS: dict[str, tuple[Callable[[Any], None], Callable[[JobRun], Outcome]]] = {
+    "sample": (check_sampling, sweep_sampling),
+    "train": (training_sweep.check, training_sweep.body),
+}
+"""Check and body by the job that is swept."""
 
 if __name__ == "__main__":
     run_job("tune", body, check=check)

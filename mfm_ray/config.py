@@ -165,19 +165,26 @@ class SampleConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(SampleConfig):
-    """Root of `jobs.tune`: what every trial samples, and what differs between them. `num_samples` is of one trial."""
+class SweepConfig:
+    """What every sweep takes beside the keys of the job that it sweeps, which are what all trials have in common."""
 
+    job: str = setting("job whose settings are tried; the sweep file says which", choices=("sample", "train"))
     sweep: str = setting("question asked: a file of tune_configs/")
     space: dict[str, Any] = setting(
-        "values to try by key of jobs.sample: {grid|choice|uniform|loguniform|integers: []}"
+        "values to try by key of the swept job: {grid|choice|uniform|loguniform|integers: []}"
     )
-    search: str = setting("where points come from: grid, random (grids are crossed), optuna (TPE), optuna_nsga2")
-    search_window: int = setting("trials that Optuna proposes before it knows the result of the first", minimum=1)
     num_trials: int = setting(
         "times that the grid is run through, other kinds drawn anew each time; with Optuna: trials", minimum=1
     )
     objectives: dict[str, str] = setting("metrics of the front; the first one decides pruning", choices=("max", "min"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(SampleConfig, SweepConfig):
+    """Root of `jobs.tune` over `jobs.sample`. `num_samples` is of one trial."""
+
+    search: str = setting("where points come from: grid, random (grids are crossed), optuna (TPE), optuna_nsga2")
+    search_window: int = setting("trials that Optuna proposes before it knows the result of the first", minimum=1)
     distances: list[str] = setting(
         "distances to held-out data that are measured beside those in objectives", choices=("frechet", "sliced_w2")
     )
@@ -187,6 +194,22 @@ class TuneConfig(SampleConfig):
     log_to: list[str] = setting("where trials go as well", choices=("tensorboard", "mlflow", "optuna"))
     prune_after: int | None = setting("samples after which a trial may be pruned (ASHA); null: no pruning", minimum=2)
     reduction_factor: int = setting("one trial in so many goes on beyond a rung", minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    num_rows: int = setting("held-out rows that a model is measured on", minimum=8)
+    num_draws: int = setting("one-step posterior draws for each row and time", minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSweepConfig(TrainConfig, SweepConfig):
+    """Root of `jobs.tune` over `jobs.train`. `scaling` is of one trial, `checkpoint_every` also when it is measured."""
+
+    scheduler: dict[str, Any] = setting("what stops or perturbs trials, by name, with its settings")
+    heldout: HeldOutConfig = setting("measurement of a trial at each of its checkpoints")
+    concurrent_trials: int | None = setting("trials at once; null: as many as the cluster has room for", minimum=1)
+    models_to_keep: int = setting("best trials whose checkpoints and model stay", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +250,9 @@ ROOTS: dict[str, type[JobConfig]] = {
     "deploy": DeployConfig,
 }
 
+SWEPT_JOBS: dict[str, type[JobConfig]] = {"sample": TuneConfig, "train": TrainSweepConfig}
+"""Root of `jobs.tune` by the job that a sweep is over; `conf/job/<name>.yaml` has its defaults."""
+
 SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
@@ -254,12 +280,17 @@ def load_config(root: str, overrides: Sequence[str] = ()) -> JobConfig:
     for group, what in (("experiment", "every training starts from a recipe"), ("sweep", "every sweep from a file")):
         if composed.choices.get(group, "") is None:
             raise InputError(f"{group}: missing; {what}, one of {', '.join(group_choices(group))}")
-    return from_dict(ROOTS[root], composed.values)
+    return from_dict(root_class(root, composed), composed.values)
+
+
+def root_class(root: str, composed: "Composed") -> type[JobConfig]:
+    """The class of a composed root: that of `jobs.tune` depends on the job that is swept."""
+    return SWEPT_JOBS[str(composed.choices["job"])] if root == "tune" else ROOTS[root]
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     """Composes the YAML files of a root; types and bounds are not yet checked."""
-    if root == "sample":
+    if root in SWEPT_JOBS:
         overrides = with_preset(overrides)
     words = [_quote_text(root, word) for word in overrides]
     parsed = [_parse(word, given) for word, given in zip(words, overrides, strict=True)]
@@ -308,6 +339,8 @@ def group_defaults(group: str, name: str) -> dict[str, Any]:
         raise InputError(f"{group}={name}: expected one of {', '.join(choices)}{hint}")
     text = (resources.files("mfm_ray.conf") / group / f"{name}.yaml").read_text()
     values = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(text)))
+    for base in reversed([base for base in values.pop("defaults", []) if base != "_self_"]):
+        values = {**group_defaults(group, base), **values}
     return _with_filled_parts(values) if group == "reward" else values
 
 
@@ -318,7 +351,20 @@ def _register_sweeps() -> None:
             node = OmegaConf.merge({"sweep": name}, OmegaConf.load(file))
         except (YAMLError, OSError) as error:
             raise InputError(f"sweep={name}: {file} cannot be read as YAML") from error
+        _choose_job(name, node)
         ConfigStore.instance().store(group="sweep", name=name, node=node, package="_global_")
+
+
+def _choose_job(sweep: str, node: Any) -> None:
+    """`job: train` is a plain key to whoever writes a sweep file, and the choice of a group to Hydra."""
+    job = node.pop("job", None)
+    if job is None:
+        return
+    if job not in SWEPT_JOBS:
+        close = nearest(str(job), SWEPT_JOBS)
+        hint = f"; did you mean {close}?" if close else ""
+        raise InputError(f"job={job}: in the file of sweep={sweep}, expected one of {', '.join(SWEPT_JOBS)}{hint}")
+    node["defaults"] = [{"override /job": job}, *node.get("defaults", [])]
 
 
 def _compose(root: str, words: Sequence[str]) -> Composed:
@@ -359,7 +405,8 @@ def _filled_part(part: Any) -> Any:
 def _quote_text(root: str, word: str) -> str:
     """Takes the value of a text key as it stands (`storage=s3://a/b?c=d`, `name=007`), unlike Hydra."""
     key, equals, value = word.partition("=")
-    hint = leaves(ROOTS[root]).get(key, (None, None))[0]
+    classes = SWEPT_JOBS.values() if root == "tune" else [ROOTS[root]]
+    hint = next((found[key][0] for found in map(leaves, classes) if key in found), None)
     is_text = hint in (str, str | None)
     is_plain = value not in ("", "null") and value[0] not in "'\"" and "${" not in value
     if not (equals and is_text and is_plain) or group_choices(key):
@@ -405,8 +452,11 @@ def _opened(word: str, override: Override) -> list[str]:
 
 def _name_the_culprit(root: str, words: Sequence[str], parsed: Sequence[Override]) -> None:
     """Raises for the first word that names an unknown choice or key; returns where all are known."""
-    groups = _compose(root, []).choices
-    chosen = [word for word, override in zip(words, parsed, strict=True) if override.key_or_group in groups]
+    chosen: list[str] = []
+    for _ in range(2):  # the choice of a sweep brings the groups of its job
+        composed = _compose(root, chosen)
+        groups = composed.choices
+        chosen = [word for word, override in zip(words, parsed, strict=True) if override.key_or_group in groups]
     known = flatten(_compose(root, chosen).values)
     for override in parsed:
         if not override.is_add() and override.key_or_group not in {*known, *groups}:

@@ -5,8 +5,9 @@ import json
 from importlib import resources
 
 import pytest
+import yaml
 
-from mfm_ray.config import ROOTS, TrainConfig, compose, flatten, group_choices, load_config, to_dict
+from mfm_ray.config import ROOTS, TrainConfig, compose, flatten, group_choices, load_config, sweep_files, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.networks import NETWORKS, build_network
 from mfm_ray.objectives import OBJECTIVES, build_objective
@@ -23,6 +24,11 @@ GROUPS = {
     "export": (),
     "deploy": (),
 }
+SWEPT_GROUPS = {
+    "job",
+    "scheduler",
+}  # of jobs.tune; tests/tuning and tests/jobs/test_training_sweep.py use their choices
+OF_TRAININGS = [name for name, file in sweep_files().items() if yaml.safe_load(file.read_text()).get("job") == "train"]
 EVERY_CHOICE = [
     (root, f"{group}={choice}")
     for root, groups in GROUPS.items()
@@ -41,7 +47,8 @@ def test_root_composes_and_travels_as_json(root: str) -> None:
 @pytest.mark.parametrize(("root", "choice"), EVERY_CHOICE)
 def test_every_choice_composes(root: str, choice: str) -> None:
     group, _, name = choice.partition("=")
-    config = load_config(root, [*RECIPE.get(root, []), choice])
+    further = ["experiment=gmm"] if root == "tune" and name in OF_TRAININGS else []
+    config = load_config(root, [*RECIPE.get(root, []), choice, *further])
     chosen = getattr(config, group)
     found = chosen if group in ("experiment", "sweep") else dataclasses.asdict(config)[group]["name"]
     assert found == name
@@ -51,7 +58,8 @@ def test_every_yaml_belongs_to_a_root_or_to_a_group_of_one() -> None:
     files = [file.name for file in resources.files("mfm_ray.conf").iterdir()]
     assert {name.removesuffix(".yaml") for name in files if name.endswith(".yaml")} == set(ROOTS)
     folders = {name for name in files if "." not in name and not name.startswith("__")}
-    assert folders == {group for groups in GROUPS.values() for group in groups} - {"sweep"}  # tune_configs/
+    groups = {group for groups in GROUPS.values() for group in groups} | SWEPT_GROUPS
+    assert folders == groups - {"sweep"}  # tune_configs/
 
 
 @pytest.mark.parametrize("experiment", group_choices("experiment"))

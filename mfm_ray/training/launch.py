@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from mfm_ray.training.final_model import export_checkpoint, newest_picture, trai
 from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
 from mfm_ray.training.progress import ProgressDisplay
-from mfm_ray.training.session import Plan
+from mfm_ray.training.session import Measure, Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 from mfm_ray.training.trackers import check_trackers
 
@@ -48,7 +49,30 @@ Log = Callable[[str], None]
 
 
 class TrainingError(RuntimeError):
-    """A run that ended before its time; one line with the cause. Its checkpoints stay."""
+    """A run that ended before its time; one line with the cause. Its checkpoints stay.
+
+    would_repeat: whether another attempt would end in the same way, as a loss that is not finite does.
+    """
+
+    would_repeat = False
+
+
+class DivergedError(TrainingError):
+    """A loss, gradient or measured figure became NaN or infinite."""
+
+    would_repeat = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """What a trial of a sweep adds to a training. measure, start_from: see `Plan`; callbacks: of Ray Train, which get
+    the figures of every checkpoint; shows_progress: whether the run tells how far it is.
+    """
+
+    measure: Measure | None = None
+    start_from: Storage | None = None
+    callbacks: Sequence[Any] = ()
+    shows_progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,9 @@ def num_workers(config: TrainConfig) -> int:
     return config.scaling.num_workers
 
 
-def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log: Log) -> TrainingResult:
+def run_training(
+    config: Mapping[str, Any], storage: Storage, resume: bool, log: Log, *, additions: Additions | None = None
+) -> TrainingResult:
     """Train the model that `config` (the plain form of TrainConfig) describes below `storage`, the run's folder.
 
     Ray must be running. InputError for what the user can mend, TrainingError when training failed.
@@ -132,7 +158,18 @@ def run_training(config: Mapping[str, Any], storage: Storage, resume: bool, log:
     if found is None or not is_complete(typed, found.state):
         teacher = teacher_location(typed.objective)
         cuda = uses_gpu(typed)
-        fit(Plan(config=dict(config), data=data, run=storage, model=model, cuda=cuda, teacher=teacher), typed, log)
+        added = additions or Additions()
+        plan = Plan(
+            config=dict(config),
+            data=data,
+            run=storage,
+            model=model,
+            cuda=cuda,
+            teacher=teacher,
+            measure=added.measure,
+            start_from=added.start_from,
+        )
+        fit(plan, typed, log, callbacks=added.callbacks, shows_progress=added.shows_progress)
         found = newest_checkpoint(storage)
     assert found is not None, "a finished run has a checkpoint"
     return finish(typed, storage, data, found, log)
@@ -189,16 +226,19 @@ def uses_gpu(config: TrainConfig) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= num_workers(config)
 
 
-def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
+def fit(
+    plan: Plan, config: TrainConfig, log: Log, *, callbacks: Sequence[Any] = (), shows_progress: bool = True
+) -> None:
     """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
     if not plan.cuda:
         check_comm_op()
     workers, each = num_workers(config), worker_resources(config, plan.cuda)
     wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
-    with environment_defaults(_RAY_ENVIRONMENT), ProgressDisplay(log) as progress:
+    display = ProgressDisplay(log) if shows_progress else nullcontext()
+    with environment_defaults(_RAY_ENVIRONMENT), display as progress:
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]
-            train_loop_config={"plan": replace(plan, progress=progress.actor)},
+            train_loop_config={"plan": plan if progress is None else replace(plan, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
             run_config=RunConfig(
@@ -206,6 +246,7 @@ def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
                 **plan.run.for_ray,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
+                callbacks=list(callbacks),
             ),
         )
         try:
@@ -214,7 +255,7 @@ def fit(plan: Plan, config: TrainConfig, log: Log) -> None:
             raise TrainingError(root_cause(error)) from error
     problem = result.return_value.get("error")
     if problem is not None:
-        raise problem if isinstance(problem, InputError) else TrainingError(str(problem))
+        raise problem if isinstance(problem, InputError) else DivergedError(str(problem))
 
 
 def worker_resources(config: TrainConfig, cuda: bool) -> dict[str, float]:

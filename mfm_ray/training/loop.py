@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -72,12 +73,19 @@ def training_step(training: Training, step: int) -> None:
 
 
 def restore(training: Training) -> int:
-    """Go on from the checkpoint that Ray Train hands out, if there is one; the steps that are done. Collective."""
+    """Go on from the checkpoint that Ray Train hands out, else from that of another run where the plan names one.
+
+    The steps that are done. Collective.
+    """
     found = ray.train.get_checkpoint()
-    if found is None:
+    if found is not None:
+        with found.as_directory() as folder:
+            return read_checkpoint(training, Path(folder))
+    start_from = training.plan.start_from
+    if start_from is None:
         return 0
-    with found.as_directory() as folder:
-        return read_checkpoint(training, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as scratch:
+        return read_checkpoint(training, start_from.local_path or start_from.download_dir("", scratch))
 
 
 class Deadline:

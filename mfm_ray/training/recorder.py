@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import ray.train
 import torch
 
+from mfm_ray.flow_map import FlowMap
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
 from mfm_ray.training.device_peaks import memory_peak
-from mfm_ray.training.metrics_log import MetricsLog
+from mfm_ray.training.metrics_log import MetricsLog, TrainingDiverged
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
-from mfm_ray.training.session import Training, build_flow_map
+from mfm_ray.training.session import Measure, Training, build_flow_map
 from mfm_ray.training.trackers import open_trackers
 
 
@@ -59,22 +61,21 @@ class Recorder:
     def draw_samples(self, done: int) -> None:
         """A picture of samples of the averaged model; rank 0 draws, all take part in gathering the weights."""
         training = self._training
-        weights = {}
-        for name, tensor in training.ema.full_tensors(training.flow_map):
-            if training.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
-        if training.rank == 0:
-            model = build_flow_map(training.plan, training.config)
-            model.load_state_dict(weights)
-            write_sample_grid(training.plan.run, done, model.to(training.engine.device), seed=training.config.seed)
+        model = self._averaged_model()
+        if model is not None:
+            write_sample_grid(training.plan.run, done, model, seed=training.config.seed)
         self._begin_interval(done)
 
     def save_checkpoint(self, done: int) -> None:
+        """Keep where the run stands, with what the plan measures on the averaged model. TrainingDiverged as there."""
+        if self._training.plan.measure is not None:
+            self.figures = self.figures | self._measured(self._training.plan.measure, done)
         with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:
             write_checkpoint(self._training, Path(folder), done=done, figures=self.figures)
             if self._log is not None:
                 self._log.sync()
-            ray.train.report({"step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            # Ray Train's callbacks see the figures; nobody reads them elsewhere
+            ray.train.report({**self.figures, "step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         self._begin_interval(done)
 
     def __enter__(self) -> Recorder:
@@ -85,6 +86,34 @@ class Recorder:
             self._log.close()
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
+
+    def _averaged_model(self) -> FlowMap | None:
+        """The averaged model on rank 0's device, None on the others, which take part in gathering it. Collective."""
+        training = self._training
+        weights = {}
+        for name, tensor in training.ema.full_tensors(training.flow_map):
+            if training.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        if training.rank != 0:
+            return None
+        model = build_flow_map(training.plan, training.config)
+        model.load_state_dict(weights)
+        return model.to(training.engine.device).eval()
+
+    def _measured(self, measure: Measure, done: int) -> dict[str, float]:
+        """What rank 0 measures, on all ranks; its seconds are none of training. Collective.
+
+        Raises TrainingDiverged, on every rank alike, naming a figure that is not finite.
+        """
+        began = time.monotonic()
+        model = self._averaged_model()
+        found: list[dict[str, float]] = [measure(model) if model is not None else {}]
+        torch.distributed.broadcast_object_list(found, src=0)
+        for name, value in found[0].items():
+            if not math.isfinite(value):
+                raise TrainingDiverged(f"step {done}: {name} of the averaged model is {value}")
+        self._training.seconds_before -= time.monotonic() - began
+        return found[0]
 
     def _tell_progress(self, done: int, numbers: dict[str, float]) -> None:
         if self._training.plan.progress is not None:

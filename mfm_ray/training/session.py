@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,9 @@ from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare,
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (its largest value) of malloc.h, in bytes
 _MALLOC_OPTIONS = {-1: 1 << 30, -2: 64 << 20, -3: 32 << 20}
 
+Measure = Callable[[FlowMap], dict[str, float]]
+"""Figures of a model, by name; travels to the workers."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +41,8 @@ class Plan:
 
     config: the resolved training configuration; data, run: locations of the shards and of the run's folder;
     model: the config.json of the model; teacher: the model directory that is distilled, or None; progress: handle of
-    the actor that shows progress, or None.
+    the actor that shows progress, or None; measure: what is measured on the averaged model at each checkpoint, on rank
+    0, or None; start_from: a checkpoint of another run that this one goes on from, or None.
     """
 
     config: dict[str, Any]
@@ -48,6 +52,8 @@ class Plan:
     cuda: bool
     teacher: Storage | None = None
     progress: Any = None
+    measure: Measure | None = None
+    start_from: Storage | None = None
 
 
 @dataclass

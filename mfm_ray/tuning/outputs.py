@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mfm_ray.config import TuneConfig, to_yaml
+from mfm_ray.config import SweepConfig, to_yaml
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.front import HALF_WIDTH, Front, choose_presets, find_front
+from mfm_ray.tuning.kinds import swept_job
 from mfm_ray.tuning.live import in_words
 from mfm_ray.tuning.report import SweepResults, sweep_report
 from mfm_ray.tuning.sweep import TrialRecord
-from mfm_ray.tuning.words import sample_words
 
 RESULTS, FRONT, PRESETS, REPORT = "results.parquet", "pareto.json", "presets.yaml", "report.html"
 Settings = Mapping[int, Mapping[str, Any]]
@@ -24,14 +24,19 @@ Settings = Mapping[int, Mapping[str, Any]]
 
 def write_outputs(
     run: Storage,
-    config: TuneConfig,
+    config: Any,
     settings: Settings,
     records: Mapping[int, TrialRecord],
     *,
     facts: Mapping[str, Any],
     log: Callable[[str], None],
+    models: Mapping[int, str] | None = None,
 ) -> dict[str, float]:
-    """Writes the four files and returns the figures of the sweep. facts: command, versions, git, settings, seconds."""
+    """Writes the four files and returns the figures of the sweep.
+
+    config: the root that was swept; facts: command, versions, git, settings, seconds; models: where those of trials
+    are, for jobs that make any.
+    """
     ordered = [records[index] for index in sorted(records)]
     finished = {record.index: record.metrics for record in ordered if record.status == "ok"}
     pruned = [record.metrics for record in ordered if record.status == "pruned"]
@@ -40,24 +45,26 @@ def write_outputs(
         reasons = sorted({record.reason for record in ordered if record.reason})
         raise RuntimeError(f"no trial came to its end: {'; '.join(reasons)[:500]}")
     presets = choose_presets(finished, front)
-    run.write_bytes(RESULTS, results_parquet(config, settings, ordered, front, facts))
+    run.write_bytes(RESULTS, results_parquet(config, settings, ordered, front, facts, models=models))
     run.write_json(FRONT, {**asdict(front), "presets": presets, "metrics": {i: finished[i] for i in front.trials}})
     chosen = {name: _preset(records[index], settings[index], config) for name, index in presets.items()}
     run.write_bytes(PRESETS, to_yaml(chosen).encode())
     results = SweepResults(config=config, records=ordered, front=front, presets=presets, settings=settings)
     run.write_bytes(REPORT, sweep_report(results, run, facts).encode())
     log("\n".join(["", *_table(results), "", f"report: {run.uri_of(REPORT)}"]))
-    return _figures(ordered, front, presets)
+    return _figures(config, ordered, front, presets)
 
 
 def results_parquet(
-    config: TuneConfig,
+    config: Any,
     settings: Settings,
     records: list[TrialRecord],
     front: Front,
     facts: Mapping[str, Any],
+    *,
+    models: Mapping[int, str] | None = None,
 ) -> bytes:
-    """One row a trial: point, status, metrics with half widths, the words of `jobs.sample` that rerun it."""
+    """One row a trial: point, status, metrics with half widths, the words of the swept job that rerun it."""
     rows = [
         {
             "trial": record.index,
@@ -68,7 +75,8 @@ def results_parquet(
             **{f"param.{key}": record.point.get(key) for key in config.space},
             **record.metrics,
             "seed": config.seed,
-            "words": sample_words(settings[record.index]),
+            "words": swept_job(config).words(settings[record.index]),
+            **({} if models is None else {"model": models.get(record.index), "exploits": json.dumps(record.exploits)}),
             "worker": record.worker,
             "losses": record.losses,
             **{f"version.{name}": str(version) for name, version in facts["versions"].items()},
@@ -91,26 +99,29 @@ def _column(values: list[Any]) -> pa.Array:
     return pa.array(values if is_one else [json.dumps(value) for value in values])
 
 
-def _preset(record: TrialRecord, settings: Mapping[str, Any], config: TuneConfig) -> dict[str, Any]:
-    """What `jobs.sample preset=presets.yaml#name` samples by, and what was measured with it."""
+def _preset(record: TrialRecord, settings: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What the swept job with `preset=presets.yaml#name` goes by, and what was measured with it."""
     return {
         "trial": record.index,
         "sweep": config.sweep,
-        "words": sample_words(settings),
-        "measured": {"num_samples": config.num_samples, "seed": config.seed, **record.metrics},
+        "words": swept_job(config).words(settings),
+        "measured": {**swept_job(config).measured_by(config), **record.metrics},
     }
 
 
-def _figures(records: list[TrialRecord], front: Front, presets: Mapping[str, int]) -> dict[str, float]:
+def _figures(
+    config: SweepConfig, records: list[TrialRecord], front: Front, presets: Mapping[str, int]
+) -> dict[str, float]:
+    job = swept_job(config)  # type: ignore[arg-type]
     by_index = {record.index: record for record in records}
     counts = {
         status: sum(record.status == status for record in records) for status in ("ok", "pruned", "refused", "lost")
     }
-    samples = sum(record.history[-1]["num_samples"] for record in records if record.history)
+    total = sum(record.history[-1][job.fidelity] for record in records if record.history)
     return {
         "trials": len(records),
         **{f"trials.{status}": count for status, count in counts.items()},
-        "samples": samples,
+        job.total: total,
         "model_loads": sum(record.model_loads for record in records),
         "front": len(front.trials),
         "hypervolume": front.hypervolume,
@@ -119,7 +130,7 @@ def _figures(records: list[TrialRecord], front: Front, presets: Mapping[str, int
             f"{name}.{metric}": value
             for name, index in presets.items()
             for metric, value in by_index[index].metrics.items()
-            if metric == "nfe" or metric in front.objectives
+            if metric == job.cost or metric in front.objectives
         },
     }
 
@@ -131,7 +142,7 @@ def _table(results: SweepResults) -> list[str]:
         row = results.metrics[index]
         figures = ", ".join(
             f"{name} {row[name]:.4g}" + (f" ± {row[name + HALF_WIDTH]:.2g}" if name + HALF_WIDTH in row else "")
-            for name in dict.fromkeys([*results.front.objectives, "nfe"])
+            for name in dict.fromkeys([*results.front.objectives, results.job.cost])
         )
         lines.append(f"  {results.names_of(index):<17} {in_words(results.points[index])}: {figures}")
     return lines

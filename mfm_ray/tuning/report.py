@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mfm_ray.config import TuneConfig
 from mfm_ray.reporting import charts, page
 from mfm_ray.reporting.page import number, text
 from mfm_ray.reporting.pictures import data_uri
@@ -16,25 +15,36 @@ from mfm_ray.reporting.provenance import Provenance, making_section
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.front import COSTS, HALF_WIDTH, Front, judge_names
 from mfm_ray.tuning.importance import importance, is_number
+from mfm_ray.tuning.kinds import SweptJob, swept_job
+from mfm_ray.tuning.learning_curves import learning_curves
 from mfm_ray.tuning.space import Point
 from mfm_ray.tuning.sweep import TrialRecord
-from mfm_ray.tuning.trial import picture_name
-from mfm_ray.tuning.words import sample_words
 
 _PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 _MOST_TICKS = 8  # values of a setting that are all marked on its axis
-_LABELS = {"nfe": "calls an image", "seconds": "seconds an image", "confidence": "classifier confidence"}
+_LABELS = {
+    "nfe": "calls an image",
+    "confidence": "classifier confidence",
+    "posterior_score": "posterior score (energy)",
+    "posterior_error": "posterior error (sliced W2)",
+    "sample_distance": "distance to held-out data (sliced W2)",
+    "frechet": "Fréchet distance",
+}
 
 
 @dataclass(frozen=True)
 class SweepResults:
     """A sweep that came to its end."""
 
-    config: TuneConfig
+    config: Any
     records: Sequence[TrialRecord]
     front: Front
     presets: Mapping[str, int]
     settings: Mapping[int, Mapping[str, Any]]
+
+    @cached_property
+    def job(self) -> SweptJob:
+        return swept_job(self.config)
 
     @cached_property
     def finished(self) -> list[TrialRecord]:
@@ -65,7 +75,8 @@ def sweep_report(results: SweepResults, run: Storage, facts: Mapping[str, Any]) 
     body = [
         *_opening(results),
         *_front_section(results),
-        *_pictures(results, run.child("pictures")),
+        *_pictures(results, run),
+        *_curves(results),
         *_responses(results),
         *_preset_section(results, run),
         *_failures(results),
@@ -78,18 +89,14 @@ def _opening(results: SweepResults) -> Iterator[str]:
     config, front = results.config, results.front
     yield '<header><p class="kicker">mfm-ray &middot; sweep</p>'
     yield f"<h1>{text(config.sweep)}</h1>"
-    yield page.paragraph(
-        f"{len(results.records)} trials of up to {config.num_samples} samples, all from the same noise (seed "
-        f"{config.seed}), so that they differ by their settings alone.",
-        lede=True,
-    )
+    yield page.paragraph(text(results.job.about(config, len(results.records))), lede=True)
     yield "</header>"
     pruned = sum(record.status == "pruned" for record in results.records)
     yield page.cards(
         [
             (str(len(front.trials)), "trials on the front"),
             (number(front.hypervolume, 3), "hypervolume: share of the box between worst and best"),
-            (str(pruned), "trials pruned before their last sample"),
+            (str(pruned), "trials pruned before their end"),
             (str(len(front.hacked)), "trials whose judge fell while the reward rose"),
         ]
     )
@@ -98,7 +105,7 @@ def _opening(results: SweepResults) -> Iterator[str]:
 def _front_section(results: SweepResults) -> Iterator[str]:
     yield page.heading("The front")
     names = list(results.front.objectives)
-    first, others = names[0], names[1:] or ["nfe"]
+    first, others = names[0], names[1:] or [results.job.cost]
     yield page.charts(
         [_front_chart(results, first, other) for other in dict.fromkeys([*others, *_compared(results)[1:]])],
         "Finished trials with 95 percent intervals; those on the front are joined where the front has two objectives. "
@@ -168,7 +175,7 @@ def _compared(results: SweepResults) -> list[str]:
 def _shown(results: SweepResults) -> list[str]:
     """Metrics that some trial has, objectives first."""
     present = dict.fromkeys(name for row in results.metrics.values() for name in row)
-    measured = [name for name in present if not name.endswith(HALF_WIDTH) and name != "num_samples"]
+    measured = [name for name in present if not name.endswith(HALF_WIDTH) and not name.startswith(results.job.hidden)]
     return list(dict.fromkeys([*results.front.objectives, *measured]))
 
 
@@ -188,19 +195,29 @@ def label(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-def _pictures(results: SweepResults, pictures: Storage) -> Iterator[str]:
+def _curves(results: SweepResults) -> Iterator[str]:
+    if results.job.has_curves:
+        metrics = [name for name in results.front.objectives if name != results.job.cost]
+        best = results.front.trials
+        yield from learning_curves(results.records, metrics, fidelity=results.job.fidelity, best=best)
+
+
+def _pictures(results: SweepResults, run: Storage) -> Iterator[str]:
     lines = []
     for index in results.front.trials:
-        if pictures.is_file(picture_name(index)):
-            source = data_uri(pictures.read_bytes(picture_name(index)))
+        content = results.job.picture(run, index)
+        if content is not None:
+            source = data_uri(content)
             about = f"first samples of trial {index}"
             image = f'<img src="{source}" alt="{about}" title="{about}" style="width:100%;max-width:560px">'
             name, first = f"trial {index}", next(iter(results.front.objectives))
-            lines.append([name, number(results.metrics[index][first]), _figure(results.metrics[index], "nfe"), image])
+            cost = _figure(results.metrics[index], results.job.cost)
+            lines.append([name, number(results.metrics[index][first]), cost, image])
     if lines:
         yield page.heading("Along the front")
-        yield page.paragraph("The same noise in every row, from the cheapest trial to the dearest.")
-        yield page.table(["", text(label(next(iter(results.front.objectives)))), "calls", "first samples"], lines)
+        yield page.paragraph(results.job.paragraph)
+        header = ["", text(label(next(iter(results.front.objectives)))), results.job.unit, "first samples"]
+        yield page.table(header, lines)
 
 
 def _responses(results: SweepResults) -> Iterator[str]:
@@ -261,10 +278,11 @@ def _preset_section(results: SweepResults, run: Storage) -> Iterator[str]:
     ]
     yield page.table(["", "trial", *(text(label(metric)) for metric in _shown(results))], lines)
     for name, index in results.presets.items():
-        model = f"model={results.config.model}"
-        short = shlex.join(["python", "-m", "jobs.sample", model, f"preset={run.uri_of('presets.yaml')}#{name}"])
-        whole = shlex.join(["python", "-m", "jobs.sample", model, *sample_words(results.settings[index])])
-        yield page.unfold(f"{name} again, with jobs.sample", f"<pre>{text(short)}</pre><pre>{text(whole)}</pre>")
+        command = ["python", "-m", f"jobs.{results.config.job}", *results.job.model(results.config)]
+        short = shlex.join([*command, f"preset={run.uri_of('presets.yaml')}#{name}"])
+        whole = shlex.join([*command, *results.job.words(results.settings[index])])
+        again = f"{name} again, with jobs.{results.config.job}"
+        yield page.unfold(again, f"<pre>{text(short)}</pre><pre>{text(whole)}</pre>")
 
 
 def _failures(results: SweepResults) -> Iterator[str]:

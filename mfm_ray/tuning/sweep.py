@@ -36,19 +36,21 @@ from mfm_ray.tuning.trial import (
 )
 
 TRIALS, TUNE = "trials", "tune"
-_ENVIRONMENT = {
+TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so are signals
     "RAY_AIR_NEW_OUTPUT": "0",  # and what is said; the newer output has a banner at any verbosity
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that is refused at its first step has measured nothing
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """An ended trial. status: "ok", "pruned", "refused" (the sampler would say the same again) or "lost"; reason: of
-    the last two; history: the metrics at each rung; settings: hash of what decided the trial; losses: how often its
-    worker was lost.
+    """An ended trial. status: "ok", "pruned", "refused" (it would end like that again) or "lost"; reason: of the last
+    two; history: the metrics at each rung; settings: hash of what decided the trial; losses: how often its worker was
+    lost. A training that goes on leaves one that is "running"; exploits: what it took over from others (population
+    based training).
     """
 
     index: int
@@ -61,6 +63,7 @@ class TrialRecord:
     worker: int | None = None
     model_loads: int = 0
     losses: int = 0
+    exploits: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def measured(self) -> dict[str, float]:
@@ -69,7 +72,7 @@ class TrialRecord:
 
     @property
     def is_final(self) -> bool:
-        return self.status != "lost"
+        return self.status not in ("lost", "running")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ def finished_trials(run: Storage, plan: SweepPlan) -> dict[int, TrialRecord]:
 
     A lost trial is made again, unless later points were proposed from its loss: then it stays as it is.
     """
-    read = (_read_record(run, index) for index in range(plan.search.most))
+    read = (read_record(run, index) for index in range(plan.search.most))
     found = {record.index: record for record in read if record is not None and record.settings == plan.decided_by}
     newest = max(found, default=0)
     kept: dict[int, TrialRecord] = {}
@@ -152,7 +155,7 @@ def run_sweep(
         return dict(earlier)
     book = _Book(plan, run, dict(earlier), watchers)
     trainable: Any = tune.with_parameters(SamplingTrial, spec=spec)
-    with environment_defaults(_ENVIRONMENT):
+    with environment_defaults(TUNE_ENVIRONMENT):
         tune.Tuner(
             tune.with_resources(trainable, dict(resources)),
             tune_config=tune.TuneConfig(
@@ -271,7 +274,7 @@ class _Book(tune.Callback):
         self._keep(trial, status, reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._keep(trial, "lost", _last_line(trial))
+        self._keep(trial, "lost", why_lost(trial))
 
     def _keep(self, trial: Any, status: str, reason: str | None) -> None:
         index, result = trial.config[TRIAL], trial.last_result or {}
@@ -289,7 +292,7 @@ class _Book(tune.Callback):
             losses=trial.num_failures,
         )
         self.records[index] = record
-        self._run.write_json(_record_name(index), asdict(record))
+        self._run.write_json(record_name(index), asdict(record))
         for watcher in self._watchers:
             watcher.on_end(record)
 
@@ -299,22 +302,22 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in result.items() if name.startswith((*MEASURED, FIDELITY))}
 
 
-def _last_line(trial: Any) -> str:
+def why_lost(trial: Any) -> str:
     """What Tune noted on the driver of the error: the exception's own line ends it."""
     noted = Path(trial.error_file).read_text() if trial.error_file else ""
     lines = [line.strip() for line in noted.splitlines() if line.strip()]
     return lines[-1] if lines else "unknown error"
 
 
-def _record_name(index: int) -> str:
+def record_name(index: int) -> str:
     return f"{TRIALS}/{index:05d}.json"
 
 
-def _read_record(run: Storage, index: int) -> TrialRecord | None:
+def read_record(run: Storage, index: int) -> TrialRecord | None:
     """None where there is none that can be read: the trial is made again."""
-    if not run.is_file(_record_name(index)):
+    if not run.is_file(record_name(index)):
         return None
     try:
-        return TrialRecord(**run.read_json(_record_name(index)))
+        return TrialRecord(**run.read_json(record_name(index)))
     except (InputError, TypeError):
         return None
