@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -93,7 +94,9 @@ def run_training_sweep(
         reported={index: int(reports[-1][STEP]) for index, reports in history.items() if reports},
     )
     trainable: Any = tune.with_parameters(TrainingTrial, spec=told)
-    with environment_defaults(TUNE_ENVIRONMENT):
+    with environment_defaults(TUNE_ENVIRONMENT), warnings.catch_warnings():
+        # an actor cannot be kept: the training that runs in it ends with its process
+        warnings.filterwarnings("ignore", message="Consider boosting PBT performance", category=UserWarning)
         tune.Tuner(
             tune.with_resources(trainable, _TRIAL_RESOURCES),
             param_space={TRIAL: tune.grid_search(missing), **_changeable(plan, spec.run)},
