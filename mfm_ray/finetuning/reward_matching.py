@@ -17,16 +17,16 @@ m_i the mean of the other draws; grad_x log p(x_1 | x) = t (x_1 - E[x_1 | x]) / 
 score form needs no gradient of the reward, and its noise falls with the posterior's width; the pathwise form is quiet
 where the reward hardly bends across the posterior, and inherits the tails of the map's Jacobian where it does.
 
-Where a reward is so strong that hardly any draw is a good one, E is exact and nearly always zero. Then the anchor of the
-state helps: a sample x_1^0 of the tilted law, of which x is the noised form, as one more candidate. With w =
+Where a reward is so strong that hardly any draw is a good one, E is exact and nearly always zero. Then the anchor of
+the state helps: a sample x_1^0 of the tilted law, of which x is the noised form, as one more candidate. With w =
 softmax(r) over all N + 1 of them
 
     sum_i w_i | b_ft - (x_1^i - x) / (1 - t) |^2
 
 is least at the same drift, for any number of draws: given x, the anchor is a sample of the tilted posterior, and
 importance sampling that is conditioned on one such sample is unbiased, though self-normalised (Andrieu et al. 2010;
-Cardoso et al. 2022). No weight exceeds one. What it rests on is the law of the anchors (`chain.TiltedChains`), where the
-form above holds at any state by itself.
+Cardoso et al. 2022). No weight exceeds one. What it rests on is the law of the anchors (`chain.TiltedChains`), where
+the form above holds at any state by itself.
 """
 
 from __future__ import annotations
