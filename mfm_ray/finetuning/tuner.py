@@ -96,9 +96,9 @@ class Tuner:
             self._data, self._labels = self._steered_start()
 
     def run(self, *, on_step: Callable[[Progress], None] | None = None) -> TuningResult:
-        """Until the budget is spent. on_step: told of every step."""
-        began, step, history = time.monotonic(), 0, []
-        while self._spent(began) < 1:
+        """Until the budget is spent, but one step at least. on_step: told of every step."""
+        began, step, history = time.monotonic(), 0, list[Progress]()
+        while not history or self._spent(began) < 1:
             progress = self._step(step, began)
             history.append(progress)
             if on_step is not None:
