@@ -14,6 +14,7 @@ from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.metrics_log import TrainingDiverged
 from mfm_ray.training.recorder import Recorder, read_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.target_feed import TargetsError
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         return {"metrics": train(settings["plan"])}
-    except (CheckpointError, TrainingDiverged) as error:
+    except (CheckpointError, TrainingDiverged, TargetsError) as error:
         return {"error": error}
 
 
@@ -62,8 +63,8 @@ def training_step(training: Training, step: int) -> None:
     engine, figures, began = training.engine, [], time.perf_counter()
     batches = training.feed.take(step)
     training.data_seconds += time.perf_counter() - began
-    for batch, noise in batches:
-        loss, noted = engine.forward(batch, noise, step)
+    for micro_batch in batches:
+        loss, noted = engine.forward(*micro_batch, step)
         engine.backward(loss)
         engine.step(training.learning_rate(step))
         figures.append(noted)

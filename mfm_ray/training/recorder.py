@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import ray.train
+import safetensors.torch
 import torch
 
 from mfm_ray.storage import Storage
@@ -15,7 +16,7 @@ from mfm_ray.training.device_peaks import memory_peak
 from mfm_ray.training.metrics_log import MetricsLog
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
-from mfm_ray.training.session import Training, build_flow_map
+from mfm_ray.training.session import Training
 from mfm_ray.training.trackers import open_trackers
 
 
@@ -36,7 +37,7 @@ class Recorder:
     def record(self, done: int) -> None:
         """Average the figures since the last call; write a line of history."""
         training = self._training
-        means = training.window.flush() | training.buckets.flush()
+        means = training.work.derived(training.window.flush()) | training.buckets.flush()
         interval = time.monotonic() - self._interval_began
         numbers = {
             **means,
@@ -64,9 +65,8 @@ class Recorder:
             if training.rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
         if training.rank == 0:
-            model = build_flow_map(training.plan, training.config)
-            model.load_state_dict(weights)
-            write_sample_grid(training.plan.run, done, model.to(training.engine.device), seed=training.config.seed)
+            samples = training.work.pictures(weights, training.engine.device)
+            write_sample_grid(training.plan.run, done, samples)
         self._begin_interval(done)
 
     def save_checkpoint(self, done: int) -> None:
@@ -106,6 +106,8 @@ def write_checkpoint(training: Training, directory: Path, *, done: int, figures:
     rank = training.rank
     training.engine.save(directory)
     training.ema.save(directory / checkpoint.ema_name(rank))
+    if feed := training.feed.state():
+        safetensors.torch.save_file(feed, directory / checkpoint.feed_name(rank))
     for decay, name in checkpoint.model_files(training.ema.decays).items():
         model_file = directory / name if rank == 0 else None
         checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map, decay))
@@ -129,6 +131,8 @@ def read_checkpoint(training: Training, directory: Path) -> int:
     state = checkpoint.read_state(Storage(directory))
     training.engine.load(directory)
     training.ema.load(directory / checkpoint.ema_name(training.rank))
+    feed = directory / checkpoint.feed_name(training.rank)
+    training.feed.load_state(safetensors.torch.load_file(feed) if feed.exists() else {})
     training.seconds_before, training.started = state.seconds, time.monotonic()
     return state.step
 

@@ -1,0 +1,205 @@
+"""What a worker of a fine-tuning computes on: targets of each step, made while the step before is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_ray.data.prefetch import Prefetcher
+from mfm_ray.finetuning import Anchors, DriftTargets, Tilt, TiltedChains, TuningMethod
+from mfm_ray.finetuning.targets import Drift
+from mfm_ray.flow_map import FlowMap
+from mfm_ray.noise import KeyedNoise, Stream
+from mfm_ray.training.checkpoint import CheckpointError
+from mfm_ray.training.feed import TrainingData
+from mfm_ray.training.zero import BatchSplit
+
+TunedBatch = tuple[DriftTargets, Tensor]
+"""Targets, and the rewards of the anchors that they were made around, (B,)."""
+
+
+class TargetsError(ArithmeticError):
+    """A reward that failed for good, or a weight that is not finite; one line that names the reward."""
+
+
+class TuningRows(Protocol):
+    """Where anchors begin: this worker's part of each step, with its noise. sha256: of what they come from."""
+
+    sha256: str
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None, KeyedNoise]:
+        """Clean samples (B, *event) in model space, labels (B,) or None, and noise of B rows, on the device."""
+
+    def first(self, count: int) -> Tensor:
+        """At most so many clean samples, the same on all workers."""
+
+
+class DataRows:
+    """Rows of prepared data. label_dropout: share of them that is given the null class."""
+
+    def __init__(self, data: TrainingData, *, label_dropout: float, num_classes: int) -> None:
+        self._data, self._share, self._null = data, label_dropout, num_classes
+        self.sha256 = data.sha256
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None, KeyedNoise]:
+        ((batch, noise),) = self._data.micro_batches(step)
+        return batch.data, _with_dropout(batch.label, self._share, self._null, noise), noise
+
+    def first(self, count: int) -> Tensor:
+        return self._data.samples(torch.arange(min(count, len(self._data.x)))).to(self._data.device)
+
+
+class ModelRows:
+    """One-step samples of the frozen model itself, of classes drawn at random where it has any."""
+
+    def __init__(
+        self, flow_map: FlowMap, *, seed: int, rows: slice, label_dropout: float, sha256: str, device: torch.device
+    ) -> None:
+        self._flow_map, self._seed, self._share = flow_map, seed, label_dropout
+        self._rows, self._device, self.sha256 = torch.arange(rows.start, rows.stop, device=device), device, sha256
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor | None, KeyedNoise]:
+        noise = KeyedNoise.for_rows(self._seed, self._rows).fold_in(step)
+        num_classes = self._flow_map.num_classes
+        label = None
+        if num_classes:
+            drawn = (noise.fold_in(Stream.START).uniform() * num_classes).long().clamp_(max=num_classes - 1)
+            label = _with_dropout(drawn, self._share, num_classes, noise)
+        return self._samples(noise, label), label, noise
+
+    def first(self, count: int) -> Tensor:
+        return self._samples(KeyedNoise.for_images(self._seed, count, device=self._device), None)
+
+    @torch.no_grad()
+    def _samples(self, noise: KeyedNoise, label: Tensor | None) -> Tensor:
+        time = torch.zeros(noise.keys.shape, device=self._device)
+        state = torch.zeros(*noise.keys.shape, *self._flow_map.event_shape, device=self._device)
+        start = noise.fold_in(Stream.START)
+        return self._flow_map.posterior_draws(state, time, num_draws=1, generator=start, label=label)[:, 0].float()
+
+
+def _with_dropout(label: Tensor | None, share: float, null: int, noise: KeyedNoise) -> Tensor | None:
+    if label is None:
+        return None
+    return torch.where(noise.fold_in(Stream.LABEL).uniform() < share, torch.full_like(label, null), label)
+
+
+class TargetFeed:
+    """The micro-batches of a tuning method, and the chains of anchors that they move.
+
+    A method that is off policy works in a thread one or two steps ahead, so that a step does not wait for rewards. What
+    the chains of a step became travels with its targets, and counts when these are taken: `state` knows nothing of
+    steps that were made ahead. drift: the tuned one, for methods that are on policy, whose targets are made when they
+    are asked for. collective_drift: whether all workers must take part in it.
+    """
+
+    def __init__(
+        self,
+        rows: TuningRows,
+        method: TuningMethod,
+        tilt: Tilt,
+        *,
+        split: BatchSplit,
+        chains: int,
+        restart: float,
+        end: int,
+        device: torch.device,
+        drift: Drift,
+        collective_drift: bool,
+    ) -> None:
+        self._rows, self._method, self._tilt, self._split, self._device = rows, method, tilt, split, device
+        self._drift = drift if method.on_policy else None
+        self._fails_alone = method.on_policy and collective_drift
+        shape = tilt.flow_map.event_shape
+        self._ahead, self._taken = (
+            TiltedChains(rows=split.per_worker, event_shape=shape, chains=chains, restart=restart) for _ in range(2)
+        )
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and not method.on_policy else None
+        self._steps: Prefetcher[_Made] = Prefetcher(self._make, end=end)
+
+    def take(self, step: int) -> list[TunedBatch]:
+        """This worker's micro-batches of a step. Collective; TargetsError on all workers when one of them failed."""
+        made, error = None, None
+        try:
+            made = self._make(step) if self._method.on_policy else self._steps.take(step)
+        except ValueError as found:
+            if self._fails_alone:
+                raise
+            error = str(found)
+        _raise_together(error, self._device)
+        assert made is not None
+        if made.finished is not None:
+            made.hand_over(torch.cuda.current_stream(self._device))
+        self._taken.put(step, made.visited)
+        return made.batches
+
+    def state(self) -> dict[str, Tensor]:
+        """The chains as the steps that were taken left them."""
+        return self._taken.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """CheckpointError for chains of another number or shape."""
+        try:
+            self._ahead.load_state(dict(state))
+            self._taken.load_state(dict(state))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"anchors.chains, global_batch_size: the checkpoint holds other chains ({error}); resume with the same"
+            ) from error
+
+    def close(self) -> None:
+        self._steps.close()
+
+    def _make(self, step: int) -> _Made:
+        if self._stream is None:
+            return self._make_here(step)
+        with torch.cuda.stream(self._stream):
+            made = self._make_here(step)
+            return _Made(made.batches, made.visited, self._stream.record_event())
+
+    def _make_here(self, step: int) -> _Made:
+        data, label, noise = self._rows.batch(step)
+        anchors = self._ahead.anchors(self._tilt, data, label, noise, step)
+        batches = []
+        for first in range(0, len(data), self._split.micro_batch_size):
+            part = slice(first, first + self._split.micro_batch_size)
+            mine = Anchors(
+                anchors.x1[part], None if anchors.label is None else anchors.label[part], anchors.reward[part]
+            )
+            targets = self._method.targets(self._tilt, mine, noise[part], drift=self._drift)
+            if targets.next_x1 is not None:
+                self._ahead.advance(targets, step, rows=part)
+            batches.append((targets, mine.reward))
+        return _Made(batches, self._ahead.visited(step), None)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Micro-batches of a step, what its chains became, and, on CUDA, the event at which all of it is there."""
+
+    batches: list[TunedBatch]
+    visited: dict[str, Tensor]
+    finished: torch.cuda.Event | None
+
+    def hand_over(self, stream: torch.cuda.Stream) -> None:
+        """Let `stream` wait for the targets, and keep their memory from being used again before it is done."""
+        assert self.finished is not None
+        stream.wait_event(self.finished)
+        for targets, reward in self.batches:
+            for tensor in (*targets.tensors(), reward):
+                tensor.record_stream(stream)
+
+
+def _raise_together(error: str | None, device: torch.device) -> None:
+    """TargetsError on every worker when one of them has an error, so that none waits for another. Collective."""
+    failed = torch.tensor([0 if error is None else 1], device=device)
+    torch.distributed.all_reduce(failed)
+    if not int(failed):
+        return
+    errors: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(errors, error)
+    raise TargetsError(next(text for text in errors if text is not None))
