@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from mfm_ray.errors import refuse_unknown_arguments
+from mfm_ray.finetuning.adjoint_matching import AdjointMatching
+from mfm_ray.finetuning.reinforce_adjoint import ReinforceAdjointMatching
 from mfm_ray.finetuning.reward_matching import RewardMatching
+from mfm_ray.finetuning.reward_weighted import RewardWeightedRegression
 from mfm_ray.finetuning.targets import TuningMethod
 
 METHODS: dict[str, type[TuningMethod]] = {
     "mfm_ft": RewardMatching,
+    "adjoint_matching": AdjointMatching,
+    "reinforce_adjoint": ReinforceAdjointMatching,
+    "reward_weighted": RewardWeightedRegression,
 }
 
 

@@ -78,10 +78,12 @@ class TuningMethod(ABC):
     """A way to tune the drift of a flow map so that its samples follow the tilted law p(x_1) exp(r(x_1)).
 
     on_policy: whether targets depend on the drift that is being tuned, so that they cannot be made ahead.
-    needs_gradient: whether the reward has to be differentiable.
+    needs_gradient: whether the reward has to be differentiable. anchors_are_data: whether anchors must be drawn from
+    the base's own law, so that chains would spoil the fixed point.
     """
 
     on_policy: bool = False
+    anchors_are_data: bool = False
     needs_gradient: bool = False
 
     @abstractmethod

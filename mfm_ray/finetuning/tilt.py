@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Tilt:
 
     flow_map: frozen. reward: of decoded samples in data units; `multiplier` is the paper's lambda. cfg_scale: one
     guidance scale for the draws, the frozen drift and the tuned one. log_normaliser: log Z as far as it is known
-    (`with_normaliser`); a scale for weights, on which no fixed point depends.
+    (`with_normaliser`); a scale for weights, on which no fixed point depends. calls: what has been asked, in rows.
     """
 
     flow_map: FlowMap
@@ -45,17 +45,18 @@ class Tilt:
     multiplier: float = 1.0
     cfg_scale: float | None = None
     log_normaliser: float = -torch.inf
+    calls: CallCounter = field(default_factory=CallCounter)
 
     @torch.no_grad()
     def base_drift(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """b_t(x) of the frozen flow map, (B, *event)."""
+        self.calls.drift += len(x_t)
         return self.flow_map.drift(x_t, t, label=label, cfg_scale=self.cfg_scale).float()
 
     @torch.no_grad()
     def rewards(self, x1: Tensor) -> Tensor:
         """multiplier * r of clean states (B, *event) in model space, (B,) float64. ValueError naming a bad reward."""
-        context = self._context(KeyedNoise(torch.zeros(len(x1), dtype=torch.int64)), None)  # nothing is drawn
-        return self.multiplier * score_states(self.reward, x1, context).double()
+        return self.multiplier * score_states(self.reward, x1, self._quiet(len(x1))).double()
 
     def draws(
         self,
@@ -82,7 +83,31 @@ class Tilt:
             scaled = self.multiplier * rewards.double()
             weights = coefficients(scaled.detach())
             gradient = gradient_of((weights * scaled).sum(), x)
+            self.calls.draw_backward += rewards.numel()
+            self.calls.reward_backward += rewards.numel()
         return Draws(x1.detach().float(), scaled.detach(), gradient)
+
+    def reward_and_slope(self, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """multiplier * r (B,) float64 of clean states (B, *event) in model space, and its gradient in them."""
+        with torch.enable_grad():
+            x = x1.detach().requires_grad_()
+            rewards = self.multiplier * score_states(self.reward, x, self._quiet(len(x1))).double()
+            slope = gradient_of(rewards.sum(), x)
+            self.calls.reward_backward += len(x1)
+        return rewards.detach(), slope
+
+    def relative_weight(self, rewards: Tensor) -> Tensor:
+        """exp(r - log Z), (B,) float32. ValueError where that is not finite."""
+        weight = (rewards.double() - self.log_normaliser).exp().float()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"reward: {float(rewards.max()):.4g} has no finite exp; expected a smaller reward_multiplier"
+            )
+        return weight
+
+    def counted(self, calls: CallCounter) -> Tilt:
+        """The same problem, its calls added to `calls`."""
+        return replace(self, calls=calls)
 
     def with_normaliser(self, x1: Tensor, *, batch_size: int | None = None) -> Tilt:
         """The same problem, log Z estimated from samples (B, *event) of p: a lower bound where few of them count.
@@ -92,7 +117,11 @@ class Tilt:
         rewards = torch.cat([self.rewards(part) for part in x1.split(batch_size or len(x1))])
         return replace(self, log_normaliser=float(rewards.logsumexp(0)) - math.log(len(rewards)))
 
+    def _quiet(self, rows: int) -> SteeringContext:
+        """A context in which nothing is drawn."""
+        return self._context(KeyedNoise(torch.zeros(rows, dtype=torch.int64)), None)
+
     def _context(self, noise: Noise, label: Tensor | None) -> SteeringContext:
         return SteeringContext(
-            flow_map=self.flow_map, noise=noise, calls=CallCounter(), label=label, cfg_scale=self.cfg_scale
+            flow_map=self.flow_map, noise=noise, calls=self.calls, label=label, cfg_scale=self.cfg_scale
         )

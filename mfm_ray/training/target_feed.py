@@ -163,7 +163,7 @@ class TargetFeed:
 
     def _make_here(self, step: int) -> _Made:
         data, label, noise = self._rows.batch(step)
-        anchors = self._ahead.anchors(self._tilt, data, label, noise, step)
+        anchors = self._anchors(data, label, noise, step)
         batches = []
         for first in range(0, len(data), self._split.micro_batch_size):
             part = slice(first, first + self._split.micro_batch_size)
@@ -171,10 +171,17 @@ class TargetFeed:
                 anchors.x1[part], None if anchors.label is None else anchors.label[part], anchors.reward[part]
             )
             targets = self._method.targets(self._tilt, mine, noise[part], drift=self._drift)
-            if targets.next_x1 is not None:
+            if not self._method.anchors_are_data:
                 self._ahead.advance(targets, step, rows=part)
             batches.append((targets, mine.reward))
         return _Made(batches, self._ahead.visited(step), None)
+
+    def _anchors(self, data: Tensor, label: Tensor | None, noise: KeyedNoise, step: int) -> Anchors:
+        if not self._method.anchors_are_data:
+            return self._ahead.anchors(self._tilt, data, label, noise, step)
+        # a method that draws its own endpoints scores those, and not the data
+        unknown = torch.full((len(data),), torch.nan, dtype=torch.float64, device=data.device)
+        return Anchors(data, label, unknown if self._method.on_policy else self._tilt.rewards(data))
 
 
 @dataclass(frozen=True)
