@@ -6,15 +6,19 @@ python -m jobs.finetune model=runs/digits/model reward=class_probability reward.
 ray job submit --working-dir . -- python -m jobs.finetune model=/shared/model reward=symmetry storage=/shared/runs
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.cluster import num_gpus, ray_cluster
+from jobs.cluster import joins_a_cluster, num_gpus, ray_cluster
 from jobs.contract import JobRun, Outcome, run_job
+from jobs.served_reward import ServedReward
 from jobs.train import may_join
 from jobs.workbench import Workbench
 from mfm_ray.config import FinetuneConfig, to_dict
 from mfm_ray.errors import InputError
+
+MakeReward = Callable[[], Any]
 
 
 def check(config: FinetuneConfig) -> None:
@@ -29,20 +33,37 @@ def check(config: FinetuneConfig) -> None:
     bench = Workbench(config.model)
     bench.check_cfg_scale(config.cfg_scale)
     bench.reward(config.reward, seed=config.seed)
+    if config.reward_app is not None:
+        if not joins_a_cluster():
+            raise InputError(
+                f"reward_app={config.reward_app}: no cluster to join, this job would start its own; expected "
+                "RAY_ADDRESS to be that of a cluster that serves it, or null"
+            )
+        ServedReward.of(config)
+    elif config.reward_model is not None:
+        raise InputError(f"reward_model={config.reward_model}: is of a served reward; expected null without reward_app")
 
 
 def body(run: JobRun) -> Outcome:
     from mfm_ray.training.finetune_launch import run_finetuning
 
     config: FinetuneConfig = run.config
-    reward = Workbench(config.model).reward(config.reward, seed=config.seed)
     with ray_cluster(run.log):
         if config.scaling.use_gpu and num_gpus() == 0:
             raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
         result = run_finetuning(
-            to_dict(config), run.storage, make_reward=LocalReward(reward), resume=config.resume, log=run.log
+            to_dict(config), run.storage, make_reward=reward_of(config), resume=config.resume, log=run.log
         )
     return Outcome(metrics=result.metrics, artifacts=result.artifacts)
+
+
+def reward_of(config: FinetuneConfig) -> MakeReward:
+    """What makes the reward on a worker. InputError for a served one that is not there."""
+    if config.reward_app is None:
+        return LocalReward(Workbench(config.model).reward(config.reward, seed=config.seed))
+    served = ServedReward.of(config)
+    served.require_running()
+    return served
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ class FinetuneConfig(TrainingConfig):
     model: str | None = setting("model directory that is tuned: folder or URI")
     preset: str | None = setting("named recipe of the tuning", choices=("paper",))
     reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
+    reward_app: str | None = setting("application of Ray Serve in the same cluster that answers; null: the workers do")
+    reward_model: str | None = setting("id of the model there whose rewards are asked; null: that of `model`'s folder")
     reward_multiplier: float = setting("the paper's lambda: samples follow p exp(reward_multiplier * reward)", above=0)
     method: dict[str, Any] = setting("tuning method by name, with its constructor's arguments")
     anchors: AnchorsConfig = setting("clean samples that states are made around")
