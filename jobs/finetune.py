@@ -33,6 +33,7 @@ def check(config: FinetuneConfig) -> None:
     bench = Workbench(config.model)
     bench.check_cfg_scale(config.cfg_scale)
     bench.reward(config.reward, seed=config.seed)
+    bench.judges(config.judges, seed=config.seed)
     if config.reward_app is not None:
         if not joins_a_cluster():
             raise InputError(
@@ -48,11 +49,17 @@ def body(run: JobRun) -> Outcome:
     from mfm_ray.training.finetune_launch import run_finetuning
 
     config: FinetuneConfig = run.config
+    judges = Workbench(config.model).judges(config.judges, seed=config.seed)
     with ray_cluster(run.log):
         if config.scaling.use_gpu and num_gpus() == 0:
             raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
         result = run_finetuning(
-            to_dict(config), run.storage, make_reward=reward_of(config), resume=config.resume, log=run.log
+            to_dict(config),
+            run.storage,
+            make_reward=reward_of(config),
+            judges=judges,
+            resume=config.resume,
+            log=run.log,
         )
     return Outcome(metrics=result.metrics, artifacts=result.artifacts)
 

@@ -146,6 +146,13 @@ class FinetuneConfig(TrainingConfig):
     anchors: AnchorsConfig = setting("clean samples that states are made around")
     data: TuningDataConfig = setting("where anchors begin")
     cfg_scale: float | None = setting("classifier-free guidance of draws and of both drifts; null: none")
+    judges: list[Any] = setting("rewards that evaluations score and nothing is tuned to, as reward.parts are written")
+    evaluate_every: int = setting("steps between evaluations, off the training workers; 0: none", minimum=0)
+    evaluate_samples: int = setting("plain samples of one evaluation", minimum=8)
+    evaluate_steps: int = setting("steps of their sampler", minimum=1)
+    evaluate_cpus: float = setting("CPUs of the process that evaluates", above=0)
+    best_metric: str | None = setting("figure of the evaluations whose best weights become the model; null: the last")
+    stop_on_hacking: bool = setting("end when the reward rises while a judge falls clearly")
     label_dropout: float = setting("share of the rows that are tuned at the null class", minimum=0, maximum=1)
 
 

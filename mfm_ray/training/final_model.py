@@ -14,7 +14,7 @@ from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import save_model
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointModel, read_checkpoint_model
-from mfm_ray.training.tuned_model import build_tuned, save_tuned_model
+from mfm_ray.training.tuned_model import build_tuned, save_tuned_model, with_best
 
 CLASSIFIER_BATCH = 64
 
@@ -26,13 +26,17 @@ def export_checkpoint(
     ema_decay: float | None = None,
     judge: TrainedClassifier | None = None,
     picture: bytes | None = None,
+    best: Storage | None = None,
 ) -> dict[str, float]:
     """Write the model directory of any checkpoint in place of an older one; the figures on its card.
 
-    ema_decay: which of the averages, by default the first of them. Nothing is unpickled. InputError naming the file
-    when the checkpoint is damaged or none, and for a decay that it does not hold.
+    ema_decay: which of the averages, by default the first of them. best: folder of the best weights of a fine-tuning,
+    taken in the place of the checkpoint's. Nothing is unpickled. InputError naming the file when the checkpoint is
+    damaged or none, and for a decay that it does not hold.
     """
     found = read_checkpoint_model(location, ema_decay=ema_decay)
+    if best is not None:
+        found = with_best(found, best)
     flow_map = build_from(found)
     figures = dict(found.state.figures)
     if judge is not None:

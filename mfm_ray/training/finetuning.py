@@ -22,7 +22,7 @@ from mfm_ray.storage import Storage
 from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.loss_module import AutocastFlowMap
 from mfm_ray.training.sample_grid import picture_labels, picture_size
-from mfm_ray.training.target_feed import DataRows, ModelRows, TargetFeed, TuningRows
+from mfm_ray.training.target_feed import DataRows, ModelRows, TargetFeed, TuningRows, together
 from mfm_ray.training.task import Work
 from mfm_ray.training.time_buckets import bucket_sums
 from mfm_ray.training.zero import BatchSplit, ZeroEngine
@@ -126,6 +126,7 @@ class FinetuningWork(Work):
         self._plan, self._config, self._base, self._tilt, self._sha256 = plan, config, base, tilt, base_sha256
         self.flow_map = copy_of(base)
         self.terms = [DriftCost()]
+        self.evaluate_every, self.stop_on_hacking = config.evaluate_every, config.stop_on_hacking
         self.columns = TuningModule.COLUMNS
         self.module: TuningModule = TuningModule(
             self.flow_map,
@@ -151,11 +152,13 @@ class FinetuningWork(Work):
         return DataRows(data, label_dropout=config.label_dropout, num_classes=self._base.num_classes)
 
     def feed(self, data: TuningRows, engine: ZeroEngine, split: BatchSplit) -> TargetFeed:
-        config = self._config
+        config, tilt = self._config, self._tilt
         return TargetFeed(
             data,
             build_method(config.method),
-            self._tilt.with_normaliser(data.first(NORMALISER_ROWS), batch_size=_SCORED_AT_ONCE),
+            together(
+                lambda: tilt.with_normaliser(data.first(NORMALISER_ROWS), batch_size=_SCORED_AT_ONCE), engine.device
+            ),
             split=split,
             chains=config.anchors.chains,
             restart=config.anchors.restart,

@@ -46,10 +46,12 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
         training_step(training, step)
         done = step + 1
         last = done == config.max_steps or deadline.reached(done)
+        if training.work.evaluate_every and (last or done % training.work.evaluate_every == 0):
+            recorder.evaluate(done)
+        if last or any(done % every == 0 for every in recorder.line_every):
+            last = recorder.record(done, last=last) or last
         sample = config.sample_every > 0 and (last or done % config.sample_every == 0)
         save = last or done % config.checkpoint_every == 0
-        if sample or save or done % config.log_every == 0:
-            recorder.record(done)
         if sample:
             recorder.draw_samples(done)
         if save:

@@ -9,10 +9,12 @@ from pathlib import Path
 import ray.train
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
 from mfm_ray.training.device_peaks import memory_peak
+from mfm_ray.training.evaluation import Evaluations, hacked
 from mfm_ray.training.metrics_log import MetricsLog
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
@@ -30,12 +32,22 @@ class Recorder:
         self._training = training
         self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
         self._trackers = open_trackers(training.config, training.plan.run) if training.rank == 0 else []
+        evaluates = training.rank == 0 and training.plan.evaluator is not None
+        self._evaluations = Evaluations(training.plan.evaluator, start=start) if evaluates else None
+        if self._evaluations is not None and start == 0:
+            self._evaluations.submit(0, None)
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
 
-    def record(self, done: int) -> None:
-        """Average the figures since the last call; write a line of history."""
+    @property
+    def line_every(self) -> list[int]:
+        """Steps after whose multiples there is a line of history: also before whatever leaves the worker."""
+        config = self._training.config
+        return [every for every in (config.log_every, config.checkpoint_every, config.sample_every) if every]
+
+    def record(self, done: int, *, last: bool) -> bool:
+        """Average the figures since the last call; write a line of history. Whether an evaluation ends the run."""
         training = self._training
         means = training.work.derived(training.window.flush()) | training.buckets.flush()
         interval = time.monotonic() - self._interval_began
@@ -49,25 +61,54 @@ class Recorder:
             "seconds": training.seconds,
         }
         training.data_seconds = 0.0
-        self.figures = {"step": done, **numbers}
+        first, *others = self._evaluated(last) or [{}]
+        self.figures = {"step": done, **numbers, **first}
+        for line in ({**numbers, **first}, *others):
+            if self._log is not None:
+                self._log.write(done, line)
+            for tracker in self._trackers:
+                tracker.log(done, line)
         if self._log is not None:
-            self._log.write(done, numbers)
             self._tell_progress(done, numbers)
-        for tracker in self._trackers:
-            tracker.log(done, numbers)
         self._begin_interval(done)
+        return self._is_hacked()
+
+    def evaluate(self, done: int) -> None:
+        """Hand the averaged weights to the evaluator, which takes its time."""
+        weights = self._averaged_weights()
+        if self._evaluations is not None:
+            self._evaluations.submit(done, weights)
+
+    def _evaluated(self, last: bool) -> list[dict[str, float]]:
+        """What evaluations have found since the last line; at the end those that are not done yet are waited for."""
+        return [] if self._evaluations is None else self._evaluations.collect(wait=last)
+
+    def _is_hacked(self) -> bool:
+        """Whether rank 0 sees the reward hacked; all are told."""
+        training = self._training
+        if not training.work.stop_on_hacking:
+            return False
+        seen = self._evaluations is not None and hacked(self._evaluations.history) is not None
+        answer = torch.tensor([seen], dtype=torch.int64, device=training.engine.device)
+        torch.distributed.broadcast(answer, src=0)
+        self.figures["evaluation.hacked"] = float(answer[0])
+        return bool(answer[0])
 
     def draw_samples(self, done: int) -> None:
         """A picture of samples of the averaged model; rank 0 draws, all take part in gathering the weights."""
-        training = self._training
-        weights = {}
-        for name, tensor in training.ema.full_tensors(training.flow_map):
-            if training.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
+        training, weights = self._training, self._averaged_weights()
         if training.rank == 0:
             samples = training.work.pictures(weights, training.engine.device)
             write_sample_grid(training.plan.run, done, samples)
         self._begin_interval(done)
+
+    def _averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged model on rank 0, nothing on the others, which take part in gathering it."""
+        training, weights = self._training, {}
+        for name, tensor in training.ema.full_tensors(training.flow_map):
+            if training.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        return weights
 
     def save_checkpoint(self, done: int) -> None:
         with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:

@@ -32,8 +32,8 @@ class Plan:
     """What the driver tells every worker; plain values, so that it travels and is kept in checkpoints.
 
     config: the resolved training configuration; data, run: locations of the shards, None where there are none, and of
-    the run's folder; model: the config.json of the model; task: which kind of training it is; progress: handle of the
-    actor that shows progress, or None.
+    the run's folder; model: the config.json of the model; task: which kind of training it is; progress, evaluator:
+    handles of the actors that show progress and evaluate, or None.
     """
 
     config: dict[str, Any]
@@ -43,6 +43,7 @@ class Plan:
     cuda: bool
     task: Task = field(default_factory=Pretraining)
     progress: Any = None
+    evaluator: Any = None
 
     @property
     def source(self) -> Storage:

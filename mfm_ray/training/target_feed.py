@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.zero import BatchSplit
 
+Result = TypeVar("Result")
 TunedBatch = tuple[DriftTargets, Tensor]
 """Targets, and the rewards of the anchors that they were made around, (B,)."""
 
@@ -123,15 +124,8 @@ class TargetFeed:
 
     def take(self, step: int) -> list[TunedBatch]:
         """This worker's micro-batches of a step. Collective; TargetsError on all workers when one of them failed."""
-        made, error = None, None
-        try:
-            made = self._make(step) if self._method.on_policy else self._steps.take(step)
-        except ValueError as found:
-            if self._fails_alone:
-                raise
-            error = str(found)
-        _raise_together(error, self._device)
-        assert made is not None
+        make = self._make if self._method.on_policy else self._steps.take
+        made = make(step) if self._fails_alone else together(lambda: make(step), self._device)
         if made.finished is not None:
             made.hand_over(torch.cuda.current_stream(self._device))
         self._taken.put(step, made.visited)
@@ -201,12 +195,20 @@ class _Made:
                 tensor.record_stream(stream)
 
 
-def _raise_together(error: str | None, device: torch.device) -> None:
-    """TargetsError on every worker when one of them has an error, so that none waits for another. Collective."""
+def together(make: Callable[[], Result], device: torch.device) -> Result:
+    """make() on every worker, or TargetsError on all when it raised ValueError on one: none waits for another.
+
+    Collective.
+    """
+    error: str | None = None
+    try:
+        made = make()
+    except ValueError as found:
+        error = str(found)
     failed = torch.tensor([0 if error is None else 1], device=device)
     torch.distributed.all_reduce(failed)
     if not int(failed):
-        return
+        return made
     errors: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(errors, error)
     raise TargetsError(next(text for text in errors if text is not None))

@@ -47,6 +47,9 @@ class Work(ABC):
     module: nn.Module
     terms: Sequence[Cost]
     columns: Sequence[str]
+    evaluate_every: int = 0
+    """Steps between evaluations by the plan's evaluator; 0: none."""
+    stop_on_hacking: bool = False
 
     @abstractmethod
     def data(self, split: BatchSplit, *, rank: int, device: torch.device) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+import safetensors.torch
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
@@ -22,6 +25,7 @@ from mfm_ray.pretrained import (
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointModel
 
+BEST, BEST_WEIGHTS, BEST_FIGURES = "best", "weights.safetensors", "figures.json"
 _ABOUT = """
 ## What was tuned
 
@@ -64,6 +68,19 @@ def build_tuned(found: CheckpointModel) -> TunedFlowMap:
     )
     tuned.load_state_dict(found.state_dict)
     return TunedFlowMap(load_flow_map(base_model), tuned)
+
+
+def with_best(found: CheckpointModel, best: Storage) -> CheckpointModel:
+    """The same with the best weights of the run's evaluations in the place of the last, and their figures."""
+    figures = best.read_json(BEST_FIGURES)
+    told = {f"evaluation.{name}": value for name, value in figures.items()}
+    state = replace(found.state, step=int(figures["step"]), figures={**found.state.figures, **told})
+    return replace(found, state_dict=safetensors.torch.load(best.read_bytes(BEST_WEIGHTS)), state=state)
+
+
+def best_step(run: Storage) -> int:
+    """The step whose weights a run's evaluations found the best."""
+    return int(run.child(BEST).read_json(BEST_FIGURES)["step"])
 
 
 def save_tuned_model(

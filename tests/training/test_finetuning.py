@@ -102,8 +102,8 @@ def reward() -> LinearGaussian:
 
 def broken_on_rank_1() -> Any:
     def broken(samples: Tensor) -> Tensor:
-        values = samples.sum(1)
-        return values * torch.nan if torch.distributed.get_rank() == 1 else values
+        fails = torch.distributed.get_rank() == 1 and len(samples) < 64  # not yet where log Z is estimated
+        return samples.sum(1) * torch.nan if fails else samples.sum(1)
 
     return broken
 
