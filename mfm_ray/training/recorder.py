@@ -61,9 +61,10 @@ class Recorder:
             "seconds": training.seconds,
         }
         training.data_seconds = 0.0
-        first, *others = self._evaluated(last) or [{}]
-        self.figures = {"step": done, **numbers, **first}
-        for line in ({**numbers, **first}, *others):
+        *earlier, newest = self._evaluated(last) or [{}]
+        numbers |= newest
+        self.figures = {"step": done, **numbers}
+        for line in (*earlier, numbers):
             if self._log is not None:
                 self._log.write(done, line)
             for tracker in self._trackers:
