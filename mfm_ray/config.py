@@ -129,7 +129,9 @@ class TuningDataConfig:
 @dataclass(frozen=True, kw_only=True)
 class AnchorsConfig:
     chains: int = setting("clean samples that each row of a batch keeps and moves in turn", minimum=1)
-    restart: float = setting("share of the visits that begin again at a sample of the data", minimum=0, maximum=1)
+    restart: float = setting("share of the visits that begin again where the chain began", minimum=0, maximum=1)
+    start_steps: int = setting("sampler steps of the steered samples where chains begin; 0: at data", minimum=0)
+    start_draws: int = setting("posterior draws of each of their steps", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class FinetuneConfig(TrainingConfig):
     reward_multiplier: float = setting("the paper's lambda: samples follow p exp(reward_multiplier * reward)", above=0)
     method: dict[str, Any] = setting("tuning method by name, with its constructor's arguments")
     anchors: AnchorsConfig = setting("clean samples that states are made around")
-    data: TuningDataConfig = setting("where anchors begin")
+    data: TuningDataConfig = setting("samples of the law before tuning")
     cfg_scale: float | None = setting("classifier-free guidance of draws and of both drifts; null: none")
     judges: list[Any] = setting("rewards that evaluations score and nothing is tuned to, as reward.parts are written")
     evaluate_every: int = setting("steps between evaluations, off the training workers; 0: none", minimum=0)
@@ -267,6 +269,7 @@ FINETUNE_PRESETS: dict[str, list[str]] = {
         "method.baseline=none",
         "method.diffusion=100",
         "anchors.restart=1",
+        "anchors.start_steps=0",
         "optimizer.name=radam",
         "optimizer.learning_rate=1e-4",
         "warmup_steps=250",

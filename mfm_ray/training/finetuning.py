@@ -22,9 +22,10 @@ from mfm_ray.storage import Storage
 from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.loss_module import AutocastFlowMap
 from mfm_ray.training.sample_grid import picture_labels, picture_size
-from mfm_ray.training.target_feed import DataRows, ModelRows, TargetFeed, TuningRows, together
+from mfm_ray.training.target_feed import TargetFeed, together
 from mfm_ray.training.task import Work
 from mfm_ray.training.time_buckets import bucket_sums
+from mfm_ray.training.tuning_rows import DataRows, ModelRows, SteeredRows, TuningRows
 from mfm_ray.training.zero import BatchSplit, ZeroEngine
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class FinetuningWork(Work):
 
     def __init__(self, plan: Plan, config: FinetuneConfig, base: FlowMap, tilt: Tilt, *, base_sha256: str) -> None:
         self._plan, self._config, self._base, self._tilt, self._sha256 = plan, config, base, tilt, base_sha256
+        self._method = build_method(config.method)
         self.flow_map = copy_of(base)
         self.terms = [DriftCost()]
         self.evaluate_every, self.stop_on_hacking = config.evaluate_every, config.stop_on_hacking
@@ -136,6 +138,22 @@ class FinetuningWork(Work):
         )
 
     def data(self, split: BatchSplit, *, rank: int, device: torch.device) -> TuningRows:
+        rows, anchors, method = self._unsteered(split, rank=rank, device=device), self._config.anchors, self._method
+        if method.anchors_are_data or anchors.start_steps == 0:
+            return rows
+        return SteeredRows(
+            rows,
+            self._tilt,
+            chains=anchors.chains,
+            rows=slice(rank * split.per_worker, (rank + 1) * split.per_worker),
+            batch_size=self._config.global_batch_size,
+            num_steps=anchors.start_steps,
+            num_draws=anchors.start_draws,
+            gradient=method.needs_gradient,
+            seed=self._config.seed,
+        )
+
+    def _unsteered(self, split: BatchSplit, *, rank: int, device: torch.device) -> TuningRows:
         config = self._config
         whole = BatchSplit(micro_batch_size=split.per_worker, accumulation=1, num_workers=split.num_workers)
         if config.data.from_model:
@@ -155,7 +173,7 @@ class FinetuningWork(Work):
         config, tilt = self._config, self._tilt
         return TargetFeed(
             data,
-            build_method(config.method),
+            self._method,
             together(
                 lambda: tilt.with_normaliser(data.first(NORMALISER_ROWS), batch_size=_SCORED_AT_ONCE), engine.device
             ),

@@ -25,16 +25,18 @@ from mfm_ray.pretrained import (
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointModel
 
+_OTHER_LAW = "With `method.diffusion` given they follow another law, pushed further towards the reward. "
 BEST, BEST_WEIGHTS, BEST_FIGURES = "best", "weights.safetensors", "figures.json"
 _ABOUT = """
 ## What was tuned
 
 The drift of [{base}]({base}) (weights' SHA-256 {sha256}) was tuned by `{method}` towards the reward
-`{reward}`, times {multiplier:g}: plain samples of this model, `mfm.sample(flow_map, ...)` without any steering, follow
+`{reward}`, times {multiplier:g}. Plain samples of this model, `mfm.sample(flow_map, ...)` without any steering, are
+meant to follow
 
     p(x) exp({multiplier:g} r(x)) / Z,
 
-p being the law of the model before tuning.
+p being the law of the model before tuning. {caveat}Its cost is that of the model before tuning.
 
 Its posterior draws are still those of the model before tuning, p(x_1 | x_t): they come from the frozen map, which lies
 in this folder too. Steering this model adds a further reward to the tuned drift, by draws of the law before tuning.
@@ -131,4 +133,5 @@ def tuning_card(found: CheckpointModel) -> str:
         method=json.dumps(config["method"]),
         reward=json.dumps(config["reward"]),
         multiplier=config["reward_multiplier"],
+        caveat=_OTHER_LAW if config["method"].get("diffusion") is not None else "",
     )
