@@ -321,10 +321,12 @@ def test_losses_and_weights_do_not_depend_on_how_the_work_is_shared_out(
 def test_the_chains_are_the_same_to_the_bit_whoever_holds_them(
     results: dict[str, list[dict[str, Any]]], name: str
 ) -> None:
-    (expected, *_) = results[CASES[name].same_as]
-    for part, whole in expected["chains"].items():
-        held = torch.cat([rank["chains"][part] for rank in results[name]], dim=1)
-        assert torch.equal(held.nan_to_num(), whole.nan_to_num()), part
+    held, expected = (
+        {part: torch.cat([rank["chains"][part] for rank in results[case]], dim=1) for part in ("x1", "label", "reward")}
+        for case in (name, CASES[name].same_as)
+    )
+    for part, whole in expected.items():
+        assert torch.equal(held[part].nan_to_num(), whole.nan_to_num()), part
 
 
 @pytest.mark.parametrize("name", RESUMED)
