@@ -13,9 +13,20 @@ With sigma_t^2 / 2 = (1 - t) / t the tuned drift is that of the tilted law. Two 
 
     pathwise  a_i = (1 - t) / t * grad_x r(x_1^i(x)),         score  a_i = (x_1^i - m_i) / (1 - t),
 
-m_i the mean of the other draws: grad_x log p(x_1 | x) = t (x_1 - E[x_1 | x]) / (1 - t)^2 turns one into the other. The
+m_i the mean of the other draws; grad_x log p(x_1 | x) = t (x_1 - E[x_1 | x]) / (1 - t)^2 makes them one in mean. The
 score form needs no gradient of the reward, and its noise falls with the posterior's width; the pathwise form is quiet
 where the reward hardly bends across the posterior, and inherits the tails of the map's Jacobian where it does.
+
+Where a reward is so strong that hardly any draw is a good one, E is exact and nearly always zero. Then the anchor of the
+state helps: a sample x_1^0 of the tilted law, of which x is the noised form, as one more candidate. With w =
+softmax(r) over all N + 1 of them
+
+    sum_i w_i | b_ft - (x_1^i - x) / (1 - t) |^2
+
+is least at the same drift, for any number of draws: given x, the anchor is a sample of the tilted posterior, and
+importance sampling that is conditioned on one such sample is unbiased, though self-normalised (Andrieu et al. 2010;
+Cardoso et al. 2022). No weight exceeds one. What it rests on is the law of the anchors (`chain.TiltedChains`), where the
+form above holds at any state by itself.
 """
 
 from __future__ import annotations
@@ -31,19 +42,20 @@ from mfm_ray.interpolants import LinearInterpolant, expand_time
 from mfm_ray.noise import Noise, Stream
 
 ESTIMATORS = ("pathwise", "score", "mixed")
-BASELINES = ("leave_one_out", "none")
+BASELINES = ("anchored", "leave_one_out", "none")
 
 
 class RewardMatching(TuningMethod):
     """MFM-FT.
 
-    num_draws: posterior draws of each state. estimator: "pathwise", "score", or "mixed", which weighs the score form by
-    1 - t^2: wide posteriors by their draws, narrow ones by the reward's slope. diffusion: sigma_t^2 / 2 as a constant
-    in the place of (1 - t) / t, for the pathwise form alone; the fixed point is then b + diffusion * grad V_t, not the
-    tilted law's drift. baseline: c_i, "leave_one_out": the log-mean-exp of the rewards of the other draws and of the
-    anchor, but at least log Z, which bounds the weights by exp(max r) / Z; or "none". A c_i that does not look at draw
-    i keeps the fixed point; one that did would tilt too little.
-    max_time: t is uniform on [1 - max_time, max_time].
+    num_draws: posterior draws of each state. baseline: how weights are kept in range. "anchored": they are normalised
+    over the draws and the anchor; exact for anchors that follow the tilted law, in the score form. "leave_one_out": c_i
+    is the log-mean-exp of the rewards of the other draws and of the anchor, but at least log Z, which bounds the
+    weights by exp(max r) / Z; exact at every state by itself, since c_i does not look at draw i. "none": c = 0.
+    estimator: "score", "pathwise", or "mixed", which weighs the score form by 1 - t^2: wide posteriors by their draws,
+    narrow ones by the reward's slope. diffusion: sigma_t^2 / 2 as a constant in the place of (1 - t) / t, for the
+    pathwise form alone; the fixed point is then b + diffusion * grad V_t, not the tilted law's drift. max_time: t is
+    uniform on [1 - max_time, max_time].
 
     ValueError naming the argument for one that is out of range or does not fit another.
     """
@@ -51,9 +63,9 @@ class RewardMatching(TuningMethod):
     def __init__(
         self,
         *,
-        num_draws: int = 8,
-        estimator: str = "mixed",
-        baseline: str = "leave_one_out",
+        num_draws: int = 4,
+        baseline: str = "anchored",
+        estimator: str = "score",
         diffusion: float | None = None,
         max_time: float = 0.998,
     ) -> None:
@@ -61,6 +73,8 @@ class RewardMatching(TuningMethod):
         require(estimator in ESTIMATORS, "estimator", estimator, f"one of {', '.join(ESTIMATORS)}")
         require(baseline in BASELINES, "baseline", baseline, f"one of {', '.join(BASELINES)}")
         require(0.5 < max_time < 1, "max_time", max_time, "a number in (0.5, 1)")
+        if baseline == "anchored":
+            require(estimator == "score", "estimator", estimator, "score with baseline=anchored")
         if diffusion is not None:
             require(diffusion > 0, "diffusion", diffusion, "a number above 0, or null for (1 - t) / t")
             require(estimator == "pathwise", "diffusion", diffusion, "null unless estimator=pathwise")
@@ -75,6 +89,29 @@ class RewardMatching(TuningMethod):
 
     def at(self, tilt: Tilt, x_t: Tensor, t: Tensor, anchors: Anchors, noise: Noise) -> DriftTargets:
         """Targets at given states (B, *event) and times (B,), with draws of their own."""
+        made = self._anchored if self.baseline == "anchored" else self._weighted
+        return made(tilt, x_t, t, anchors, noise)
+
+    def _anchored(self, tilt: Tilt, x_t: Tensor, t: Tensor, anchors: Anchors, noise: Noise) -> DriftTargets:
+        draws = tilt.draws(x_t, t, anchors.label, noise, num_draws=self.num_draws, coefficients=None)
+        rewards = torch.cat([anchors.reward.to(draws.rewards).unsqueeze(1), draws.rewards], dim=1)
+        candidates = torch.cat([anchors.x1.unsqueeze(1), draws.x1], dim=1)
+        shares = rewards.softmax(1)
+        mean = torch.einsum("bk,bk...->b...", shares.to(candidates), candidates)
+        picked, reward = pick_next(draws.x1, draws.rewards, anchors, noise)
+        return DriftTargets(
+            x_t=x_t,
+            t=t,
+            label=anchors.label,
+            target=(mean - x_t) / expand_time(1 - t, x_t),
+            weight=torch.ones_like(t),
+            reward=draws.rewards.mean(1).float(),
+            effective_share=(1 / shares.square().sum(1) / (self.num_draws + 1)).float(),
+            next_x1=picked,
+            next_reward=reward,
+        )
+
+    def _weighted(self, tilt: Tilt, x_t: Tensor, t: Tensor, anchors: Anchors, noise: Noise) -> DriftTargets:
         share = self._score_share(t)
         weigh = _Weigh(anchors.reward if self.baseline == "leave_one_out" else None, tilt.log_normaliser)
         draws = tilt.draws(

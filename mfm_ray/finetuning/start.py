@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mfm_ray.finetuning.tilt import Tilt
 from mfm_ray.samplers import sample
 from mfm_ray.steering import GradientFreeGuidance, GradientGuidance, Reward
-from mfm_ray.steering.reward_gradient import evaluate
+from mfm_ray.steering.reward_gradient import evaluate, value_and_gradient
 
 _BATCH_ROWS = 512
 
@@ -21,16 +22,16 @@ def steered_samples(
     count: int,
     num_steps: int,
     num_draws: int,
-    gradient: bool,
     seed: int,
     first_image: int = 0,
 ) -> Tensor:
-    """Samples (count, *event) in model space, steered by MFM-G or, without the reward's gradient, MFM-GF; counted.
+    """Samples (count, *event) in model space, steered by MFM-G or, where the reward has no gradient, MFM-GF; counted.
 
     label: (count,) or None. Image i depends on `seed` and first_image + i alone.
     """
     reward = Multiplied(tilt.reward, tilt.multiplier)
-    steering = (GradientGuidance if gradient else GradientFreeGuidance)(reward, num_draws=num_draws)
+    method = GradientGuidance if has_gradient(tilt) else GradientFreeGuidance
+    steering = method(reward, num_draws=num_draws)
     drawn = sample(
         tilt.flow_map,
         num_samples=count,
@@ -45,6 +46,13 @@ def steered_samples(
     for kind, number in drawn.calls.items():
         setattr(tilt.calls, kind, getattr(tilt.calls, kind) + number)
     return tilt.flow_map.space.to_model_space(drawn.images)
+
+
+def has_gradient(tilt: Tilt) -> bool:
+    """Whether the reward is differentiable, by asking it about one sample."""
+    space = tilt.flow_map.space
+    sample = space.to_data_units(torch.zeros(1, *space.event_shape))
+    return value_and_gradient(tilt.reward, sample)[1] is not None
 
 
 class Multiplied:

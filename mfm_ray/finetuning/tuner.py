@@ -143,7 +143,6 @@ class Tuner:
             count=count,
             num_steps=recipe.start_steps,
             num_draws=recipe.start_draws,
-            gradient=self._method.needs_gradient,
             seed=self._seed,
         )
         return samples, label
