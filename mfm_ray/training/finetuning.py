@@ -149,7 +149,6 @@ class FinetuningWork(Work):
             batch_size=self._config.global_batch_size,
             num_steps=anchors.start_steps,
             num_draws=anchors.start_draws,
-            gradient=method.needs_gradient,
             seed=self._config.seed,
         )
 

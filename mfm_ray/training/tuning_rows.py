@@ -92,11 +92,10 @@ class SteeredRows:
         batch_size: int,
         num_steps: int,
         num_draws: int,
-        gradient: bool,
         seed: int,
     ) -> None:
         self._others, self._tilt, self._chains, self._rows, self._batch_size = others, tilt, chains, rows, batch_size
-        self._num_steps, self._num_draws, self._gradient, self._seed = num_steps, num_draws, gradient, seed
+        self._num_steps, self._num_draws, self._seed = num_steps, num_draws, seed
         self._drawn: list[tuple[Tensor, Tensor | None]] = []
         self.sha256 = others.sha256
 
@@ -118,7 +117,6 @@ class SteeredRows:
             count=self._rows.stop - self._rows.start,
             num_steps=self._num_steps,
             num_draws=self._num_draws,
-            gradient=self._gradient,
             seed=self._seed,
             first_image=chain * self._batch_size + self._rows.start,
         )

@@ -63,6 +63,7 @@ class Case:
     world_size: int = 1
     accumulation: int = 1
     method: str = "mfm_ft"
+    baseline: str = "leave_one_out"
     from_model: bool = False
     start_steps: int = 0
 
@@ -75,8 +76,8 @@ CASES = {
     "on_policy": Case(method="toy", stage=0, same_as="on_policy_sharded"),
     "on_policy_sharded": Case(method="toy", stage=3, world_size=2, accumulation=2, same_as="on_policy"),
     "model": Case(from_model=True, same_as="model_in_two"),
-    "steered": Case(start_steps=3, same_as="steered_in_two"),
-    "steered_in_two": Case(start_steps=3, world_size=2, accumulation=2, same_as="steered"),
+    "steered": Case(start_steps=3, baseline="anchored", same_as="steered_in_two"),
+    "steered_in_two": Case(start_steps=3, baseline="anchored", world_size=2, accumulation=2, same_as="steered"),
     "model_in_two": Case(from_model=True, world_size=2, same_as="model"),
 }
 RESUMED = ("one", "two", "sharded")
@@ -116,6 +117,8 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
         "reward=brightness",  # names a reward; the task brings its own
         f"data.from_model={case.from_model}".lower(),
         "label_dropout=0.3",
+        f"method.baseline={case.baseline}",
+        f"method.estimator={'score' if case.baseline == 'anchored' else 'mixed'}",
         "anchors.chains=2",
         "anchors.restart=0.3",
         f"anchors.start_steps={case.start_steps}",
