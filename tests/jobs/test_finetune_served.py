@@ -29,7 +29,7 @@ PARTS = "[{name: symmetry, weight: 0.5}, {name: symmetry, axis: vertical}]"
 def rewards(ray_session: None, tiny_models: dict[str, str]) -> Iterator[str]:
     cards = list(read_models({"tiny": tiny_models["tiny"]}).values())
     small: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 2}
-    serve.start(http_options={"location": "NoServer"})
+    serve.start(proxy_location="Disabled")
     settings = RewardSettings.model_validate({"name": "symmetry", **small})
     serve.run(reward_deployment(cards, settings), name=APP, route_prefix=None)
     yield APP
