@@ -19,6 +19,7 @@ from mfm_ray.rewards import (
     ClassMixture,
     ClassProbability,
     Combination,
+    LinearGaussian,
     MaskedObservation,
     Minimum,
     Symmetry,
@@ -50,7 +51,11 @@ STEERING: dict[str, Any] = {
     "best_of_n": BestOfN,
 }
 """Methods by name; "none" is unsteered."""
-ANALYTIC_REWARDS: dict[str, Any] = {"brightness": TargetBrightness, "symmetry": Symmetry}
+ANALYTIC_REWARDS: dict[str, Any] = {
+    "brightness": TargetBrightness,
+    "linear_gaussian": LinearGaussian,
+    "symmetry": Symmetry,
+}
 CLASS_REWARDS: dict[str, Any] = {"class_probability": ClassProbability, "class_mixture": ClassMixture}
 COMBINED_REWARDS: dict[str, type[Combination]] = {"weighted_sum": WeightedSum, "minimum": Minimum}
 SCORING_REWARDS = ("masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS, *COMBINED_REWARDS)

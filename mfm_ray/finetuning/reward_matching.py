@@ -11,22 +11,23 @@ loses nothing to cancellation. The sum over draws is a single weighted error: W 
 
 With sigma_t^2 / 2 = (1 - t) / t the tuned drift is that of the tilted law. Two displacements have the right mean then,
 
-    pathwise  a_i = (1 - t) / t * grad_x r(x_1^i(x)),         score  a_i = (x_1^i - m_i) / (1 - t),
+    pathwise  a_i = (1 - t) / t * grad_x r(x_1^i(x)),         score  a_i = (x_1^i - m) / (1 - t),
 
-m_i the mean of the other draws; grad_x log p(x_1 | x) = t (x_1 - E[x_1 | x]) / (1 - t)^2 makes them one in mean. The
-score form needs no gradient of the reward, and its noise falls with the posterior's width; the pathwise form is quiet
-where the reward hardly bends across the posterior, and inherits the tails of the map's Jacobian where it does.
+m = x + (1 - t) b = E[x_1 | x]; grad_x log p(x_1 | x) = t (x_1 - m) / (1 - t)^2 makes them one in mean. (The mean of the
+other draws would not do for m: with c_i it depends on the same draws, which tilts the product.) The score form needs no
+gradient of the reward, and its noise falls with the posterior's width; the pathwise form is quiet where the reward
+hardly bends across the posterior, and inherits the tails of the map's Jacobian where it does.
 
-Where a reward is so strong that hardly any draw is a good one, E is exact and nearly always zero. Then the anchor of the
-state helps: a sample x_1^0 of the tilted law, of which x is the noised form, as one more candidate. With w =
+Where a reward is so strong that hardly any draw is a good one, E is exact and nearly always zero. Then the anchor of
+the state helps: a sample x_1^0 of the tilted law, of which x is the noised form, as one more candidate. With w =
 softmax(r) over all N + 1 of them
 
     sum_i w_i | b_ft - (x_1^i - x) / (1 - t) |^2
 
 is least at the same drift, for any number of draws: given x, the anchor is a sample of the tilted posterior, and
 importance sampling that is conditioned on one such sample is unbiased, though self-normalised (Andrieu et al. 2010;
-Cardoso et al. 2022). No weight exceeds one. What it rests on is the law of the anchors (`chain.TiltedChains`), where the
-form above holds at any state by itself.
+Cardoso et al. 2022). No weight exceeds one. What it rests on is the law of the anchors (`chain.TiltedChains`), where
+the form above holds at any state by itself.
 """
 
 from __future__ import annotations
@@ -155,13 +156,9 @@ class RewardMatching(TuningMethod):
         return {"pathwise": torch.zeros_like(t), "score": torch.ones_like(t), "mixed": 1 - t**2}[self.estimator]
 
     def _score_shift(self, x1: Tensor, shares: Tensor, x_t: Tensor, base: Tensor, t: Tensor) -> Tensor:
-        """sum_i w_i (x_1^i - m_i) / (1 - t), (B, *event); m_i: mean of the other draws, of a single one Tweedie's."""
+        """sum_i w_i (x_1^i - m) / (1 - t), (B, *event), m = x + (1 - t) b."""
         tilted = torch.einsum("bk,bk...->b...", shares.to(x1), x1)
-        if self.num_draws == 1:
-            centred = tilted - LinearInterpolant().posterior_mean(x_t, base, t)
-        else:
-            centred = (tilted - x1.mean(1)) * (self.num_draws / (self.num_draws - 1))
-        return centred / expand_time(1 - t, centred)
+        return (tilted - x_t) / expand_time(1 - t, x_t) - base
 
 
 class _Weigh:
