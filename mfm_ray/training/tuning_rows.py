@@ -110,7 +110,7 @@ class SteeredRows:
         return self._others.first(count)
 
     def _draw(self, chain: int) -> tuple[Tensor, Tensor | None]:
-        _, label, _ = self._others.batch(chain)
+        _, label, noise = self._others.batch(chain)
         samples = steered_samples(
             self._tilt,
             label,
@@ -120,4 +120,4 @@ class SteeredRows:
             seed=self._seed,
             first_image=chain * self._batch_size + self._rows.start,
         )
-        return samples, label
+        return samples.to(noise.keys.device), label
