@@ -8,6 +8,7 @@ import pytest
 
 from mfm_ray.config import ROOTS, TrainConfig, compose, flatten, group_choices, load_config, to_dict
 from mfm_ray.errors import InputError
+from mfm_ray.finetuning import METHODS
 from mfm_ray.networks import NETWORKS, build_network
 from mfm_ray.objectives import OBJECTIVES, build_objective
 from mfm_ray.settings import from_dict, nearest
@@ -16,6 +17,7 @@ RECIPE = {"train": ["experiment=digits"], "tune": ["sweep=methods"]}
 GROUPS = {
     "train": ("data", "network", "objective", "experiment"),
     "prepare_data": ("data",),
+    "finetune": ("method", "reward"),
     "sample": ("steering", "reward"),
     "tune": ("steering", "reward", "sweep"),
     "evaluate": ("protocol",),
@@ -70,6 +72,7 @@ def test_what_a_recipe_names_can_be_built(experiment: str) -> None:
 def test_choices_and_registries_name_the_same_classes() -> None:
     assert group_choices("network") == sorted(NETWORKS)
     assert group_choices("objective") == sorted(OBJECTIVES)
+    assert set(group_choices("method")) <= set(METHODS)
 
 
 @pytest.mark.parametrize(

@@ -47,30 +47,39 @@ class TiltedChains:
             if label is not None:
                 self._label[chain, rows] = label[rows].to(self._label)
             self._begun[chain, rows] = True
-        kept = None if label is None else self._label[chain].to(label)
-        return Anchors(self._x1[chain].to(data), kept, self._reward[chain].to(data.device))
+        # copies: the chain may move on while what was made around these anchors is still in use
+        kept = None if label is None else self._label[chain].clone().to(label)
+        return Anchors(self._x1[chain].clone().to(data), kept, self._reward[chain].clone().to(data.device))
 
-    def advance(self, targets: DriftTargets, step: int) -> None:
-        """Move the chains of a step to where its targets say."""
+    def advance(self, targets: DriftTargets, step: int, *, rows: slice = slice(None)) -> None:
+        """Move the chains of a step to where the targets of these rows say."""
         assert targets.next_x1 is not None
         assert targets.next_reward is not None
         chain = step % self.chains
-        self._x1[chain] = targets.next_x1.to(self._x1)
-        self._reward[chain] = targets.next_reward.to(self._reward)
+        self._x1[chain, rows] = targets.next_x1.to(self._x1)
+        self._reward[chain, rows] = targets.next_reward.to(self._reward)
+
+    def visited(self, step: int) -> dict[str, Tensor]:
+        """What the chains of a step are now, copied: all that the step can have changed."""
+        chain = step % self.chains
+        return {name: value[chain].clone() for name, value in self._parts().items()}
+
+    def put(self, step: int, visited: dict[str, Tensor]) -> None:
+        """Bring the chains of a step to what `visited` of other chains says."""
+        chain = step % self.chains
+        for name, value in self._parts().items():
+            value[chain] = visited[name]
 
     def state(self) -> dict[str, Tensor]:
         """All that the chains are, copied."""
-        return {
-            "x1": self._x1.clone(),
-            "label": self._label.clone(),
-            "reward": self._reward.clone(),
-            "begun": self._begun.clone(),
-        }
+        return {name: value.clone() for name, value in self._parts().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """ValueError for chains of another number or shape."""
         if state["x1"].shape != self._x1.shape:
             raise ValueError(f"chains of shape {tuple(state['x1'].shape)}, expected {tuple(self._x1.shape)}")
-        self._x1, self._label, self._reward, self._begun = (
-            state[name].clone() for name in ("x1", "label", "reward", "begun")
-        )
+        for name, value in self._parts().items():
+            value.copy_(state[name])
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {"x1": self._x1, "label": self._label, "reward": self._reward, "begun": self._begun}

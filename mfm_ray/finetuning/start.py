@@ -51,7 +51,8 @@ def steered_samples(
 def has_gradient(tilt: Tilt) -> bool:
     """Whether the reward is differentiable, by asking it about one sample."""
     space = tilt.flow_map.space
-    sample = space.to_data_units(torch.zeros(1, *space.event_shape))
+    device = next(tilt.flow_map.parameters(), torch.zeros(())).device
+    sample = space.to_data_units(torch.zeros(1, *space.event_shape, device=device))
     return value_and_gradient(tilt.reward, sample)[1] is not None
 
 

@@ -109,9 +109,12 @@ class Tilt:
         """The same problem, its calls added to `calls`."""
         return replace(self, calls=calls)
 
-    def with_normaliser(self, x1: Tensor) -> Tilt:
-        """The same problem, log Z estimated from samples (B, *event) of p: a lower bound where few of them count."""
-        rewards = self.rewards(x1)
+    def with_normaliser(self, x1: Tensor, *, batch_size: int | None = None) -> Tilt:
+        """The same problem, log Z estimated from samples (B, *event) of p: a lower bound where few of them count.
+
+        batch_size: samples that are scored at once, all by default.
+        """
+        rewards = torch.cat([self.rewards(part) for part in x1.split(batch_size or len(x1))])
         return replace(self, log_normaliser=float(rewards.logsumexp(0)) - math.log(len(rewards)))
 
     def _quiet(self, rows: int) -> SteeringContext:
