@@ -113,6 +113,34 @@ def _gmm() -> Evaluator:
     )
 
 
+def _finetune_gmm() -> Evaluator:
+    from mfm_ray.pretrained import load_flow_map
+    from mfm_ray.protocols.finetune_gmm import evaluate_finetune_gmm, finetune_gmm_parquet
+    from mfm_ray.reporting.finetuning import finetune_gmm_report, finetune_gmm_table
+
+    return Evaluator(
+        load=lambda model, data: load_flow_map(model),
+        evaluate=evaluate_finetune_gmm,
+        data=lambda evaluation, history: finetune_gmm_parquet(evaluation),
+        report=finetune_gmm_report,
+        table=finetune_gmm_table,
+    )
+
+
+def _finetune_digits() -> Evaluator:
+    from mfm_ray.protocols.digits import Material
+    from mfm_ray.protocols.finetune_digits import evaluate_finetune_digits, finetune_digits_parquet
+    from mfm_ray.reporting.finetuning import finetune_digits_report, finetune_digits_table
+
+    return Evaluator(
+        load=lambda model, data: Material(*_digit_parts(model, data)),
+        evaluate=evaluate_finetune_digits,
+        data=lambda evaluation, history: finetune_digits_parquet(evaluation),
+        report=finetune_digits_report,
+        table=finetune_digits_table,
+    )
+
+
 def _values() -> Evaluator:
     from mfm_ray.protocols.values import evaluate_values, values_parquet
     from mfm_ray.reporting.values import values_report, values_table
@@ -128,6 +156,8 @@ def _values() -> Evaluator:
 
 _EVALUATORS: dict[str, Callable[[], Evaluator]] = {
     "digits": _digits,
+    "finetune_digits": _finetune_digits,
+    "finetune_gmm": _finetune_gmm,
     "gmm": _gmm,
     "mnist": _digits,
     "values": _values,

@@ -28,7 +28,7 @@ def check_settings(config: TrainConfig, space: DataSpace, num_classes: int) -> N
     from mfm_ray.training.launch import check_config
 
     check_config(config)
-    if config.scaling.use_gpu and not _may_join() and not torch.cuda.is_available():
+    if config.scaling.use_gpu and not may_join() and not torch.cuda.is_available():
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
     if config.classifier_steps and not num_classes:
         raise InputError(f"classifier_steps={config.classifier_steps}: {config.data.name} has no classes; expected 0")
@@ -61,7 +61,7 @@ def data_of(config: TrainConfig) -> tuple[DataSpace, int]:
     return manifest.space, manifest.num_classes
 
 
-def _may_join() -> bool:
+def may_join() -> bool:
     """Whether the GPUs that count may be those of another machine."""
     return is_submitted() or "RAY_ADDRESS" in os.environ
 

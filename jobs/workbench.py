@@ -1,5 +1,6 @@
 """A model that is loaded once, and the steering methods, rewards and judges that configurations build on it."""
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -35,20 +36,28 @@ class Workbench:
 
     def build(self, config: SampleConfig) -> tuple[Any, dict[str, Any]]:
         """Steering method (None: unsteered) and judges by name."""
-        from mfm_ray.building import build_judges, build_reward, build_steering
+        from mfm_ray.building import build_steering
 
-        sources: dict[str, Any] = {
-            "load_classifier": lambda: self.classifier,
-            "load_heldout": self._load_heldout,
-            "seed": config.seed,
-        }
-        reward = build_reward(config.reward, **sources)
+        reward = self.reward(config.reward, seed=config.seed)
         if reward is not None and config.steering.get("name") == "none":
             raise InputError(f"reward={config.reward['name']}: steering=none takes no reward; choose a steering")
-        return build_steering(config.steering, reward), build_judges(config.judges, **sources)
+        return build_steering(config.steering, reward), self.judges(config.judges, seed=config.seed)
+
+    def reward(self, reward: Mapping[str, Any], *, seed: int) -> Any:
+        """The reward of a configuration, None for none."""
+        from mfm_ray.building import build_reward
+
+        return build_reward(reward, **self._sources(seed))
+
+    def judges(self, judges: Sequence[Any], *, seed: int) -> dict[str, Any]:
+        """The judges of a configuration by name."""
+        from mfm_ray.building import build_judges
+
+        return build_judges(judges, **self._sources(seed))
 
     def check(self, config: SampleConfig) -> None:
         """Label and guidance scale are ones that the model has."""
+        self.check_cfg_scale(config.cfg_scale)
         if config.label is not None and not config.label < self.flow_map.num_classes:
             allowed = (
                 f"0 to {self.flow_map.num_classes - 1}"
@@ -56,9 +65,15 @@ class Workbench:
                 else "null: this model has no classes"
             )
             raise InputError(f"label={config.label}: expected {allowed}")
-        if config.cfg_scale is not None and config.cfg_scale not in self.flow_map.cfg_scales:
+
+    def check_cfg_scale(self, cfg_scale: float | None) -> None:
+        """InputError for a guidance scale that the model was not trained with."""
+        if cfg_scale is not None and cfg_scale not in self.flow_map.cfg_scales:
             known = ", ".join(map(str, self.flow_map.cfg_scales)) or "null alone: this model has none"
-            raise InputError(f"cfg_scale={config.cfg_scale}: expected one of {known}")
+            raise InputError(f"cfg_scale={cfg_scale}: expected one of {known}")
+
+    def _sources(self, seed: int) -> dict[str, Any]:
+        return {"load_classifier": lambda: self.classifier, "load_heldout": self._load_heldout, "seed": seed}
 
     def heldout_split(self, place: str | None, *, key: str) -> Any:
         """The held-out `Split` of prepared data, or (None) of the bundled data that the model was trained on.

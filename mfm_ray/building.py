@@ -19,6 +19,7 @@ from mfm_ray.rewards import (
     ClassMixture,
     ClassProbability,
     Combination,
+    LinearGaussian,
     MaskedObservation,
     Minimum,
     Symmetry,
@@ -50,12 +51,19 @@ STEERING: dict[str, Any] = {
     "best_of_n": BestOfN,
 }
 """Methods by name; "none" is unsteered."""
-ANALYTIC_REWARDS: dict[str, Any] = {"brightness": TargetBrightness, "symmetry": Symmetry}
+ANALYTIC_REWARDS: dict[str, Any] = {
+    "brightness": TargetBrightness,
+    "linear_gaussian": LinearGaussian,
+    "symmetry": Symmetry,
+}
 CLASS_REWARDS: dict[str, Any] = {"class_probability": ClassProbability, "class_mixture": ClassMixture}
 COMBINED_REWARDS: dict[str, type[Combination]] = {"weighted_sum": WeightedSum, "minimum": Minimum}
 SCORING_REWARDS = ("masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS, *COMBINED_REWARDS)
 REWARDS = ("none", *SCORING_REWARDS)
 _OF_EVERY_REWARD = ("weight", "threshold")
+MakeElsewhere = Callable[[str, str, Mapping[str, Any], str], Reward]
+"""From a reward's name, the title it is told apart by, its parameters (threshold included) and its place in the
+configuration to the reward."""
 
 
 def build_steering(steering: Mapping[str, Any], reward: Reward | None) -> Steering | None:
@@ -75,6 +83,7 @@ def build_reward(
     load_classifier: Callable[[], DigitClassifier],
     load_heldout: Callable[[str | None], Tensor],
     seed: int = 0,
+    elsewhere: MakeElsewhere | None = None,
 ) -> Reward | None:
     """The reward of that name, None for "none".
 
@@ -82,14 +91,15 @@ def build_reward(
     threshold); weighted_sum and minimum take `parts`, a list of such mappings. InputError naming the key that is wrong.
 
     load_classifier: the classifier beside the model. load_heldout: held-out images (N, C, H, W) in data units of
-    prepared data at a place, or of the model's own kind for None. seed: of the noise of an observation.
+    prepared data at a place, or of the model's own kind for None. seed: of the noise of an observation. elsewhere:
+    makes every reward that is no combination in the place of its constructor, such as one that a server answers.
     """
     name, arguments = _named(reward, "reward", REWARDS)
     if name == "none":
         _refuse_arguments("reward", name, arguments)
         return None
     weight = _weight(reward, "reward", WeightedSum)
-    built = _scoring_reward(reward, "reward", _Sources(load_classifier, load_heldout, seed))
+    built = _scoring_reward(reward, "reward", _Sources(load_classifier, load_heldout, seed, elsewhere))
     return built if weight == 1 else WeightedSum(rewards=[built], weights=[weight], name=name)
 
 
@@ -121,11 +131,15 @@ class _Sources:
     load_classifier: Callable[[], DigitClassifier]
     load_heldout: Callable[[str | None], Tensor]
     seed: int
+    elsewhere: MakeElsewhere | None = None
 
 
 def _scoring_reward(reward: Mapping[str, Any], group: str, sources: _Sources, *, title: str | None = None) -> Reward:
     """The reward with its threshold, before its weight. title: its name among the parts of a combination."""
     name, given = _named(reward, group, SCORING_REWARDS)
+    if sources.elsewhere is not None and name not in COMBINED_REWARDS:
+        parameters = {key: value for key, value in given.items() if key != "weight"}
+        return sources.elsewhere(name, title or name, parameters, group)
     threshold = given.pop("threshold", None)
     given.pop("weight", None)  # whoever combines the reward applies it
     arguments = {"name": title or name, **given}

@@ -80,14 +80,9 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(JobConfig):
-    """Root of `jobs.train`. Its plain form (`to_dict`) is what workers get and every checkpoint carries."""
+class TrainingConfig(JobConfig):
+    """What every training of a network takes, from data or towards a reward."""
 
-    experiment: str = setting("recipe that the defaults come from")
-    data: DataConfig = setting("training data")
-    augmentation: AugmentationConfig = setting("jitter of training images")
-    network: dict[str, Any] = setting("network by name, with its constructor's arguments")
-    objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
     max_steps: int = setting("optimiser steps", minimum=1)
     max_seconds: float | None = setting("stop after so many seconds of training; null: never", above=0)
     global_batch_size: int = setting("rows of one optimiser step, all workers together", minimum=1)
@@ -111,7 +106,56 @@ class TrainConfig(JobConfig):
     log_every: int = setting("steps between lines of metrics.jsonl", minimum=1)
     sample_every: int = setting("steps between sample grids; 0: none", minimum=0)
     trackers: list[str] = setting("where metrics go as well: mlflow, wandb", choices=("mlflow", "wandb"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingConfig):
+    """Root of `jobs.train`. Its plain form (`to_dict`) is what workers get and every checkpoint carries."""
+
+    experiment: str = setting("recipe that the defaults come from")
+    data: DataConfig = setting("training data")
+    augmentation: AugmentationConfig = setting("jitter of training images")
+    network: dict[str, Any] = setting("network by name, with its constructor's arguments")
+    objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
     classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningDataConfig:
+    path: str | None = setting("prepared data; null: bundled data of the kind the model was trained on")
+    from_model: bool = setting("no data: one-step samples of the model in their place")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorsConfig:
+    chains: int = setting("clean samples that each row of a batch keeps and moves in turn", minimum=1)
+    restart: float = setting("share of the visits that begin again where the chain began", minimum=0, maximum=1)
+    start_steps: int = setting("sampler steps of the steered samples where chains begin; 0: at data", minimum=0)
+    start_draws: int = setting("posterior draws of each of their steps", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Root of `jobs.finetune`. Its plain form (`to_dict`) is what workers get and every checkpoint carries."""
+
+    model: str | None = setting("model directory that is tuned: folder or URI")
+    preset: str | None = setting("named recipe of the tuning", choices=("paper",))
+    reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
+    reward_app: str | None = setting("application of Ray Serve in the same cluster that answers; null: the workers do")
+    reward_model: str | None = setting("id of the model there whose rewards are asked; null: that of `model`'s folder")
+    reward_multiplier: float = setting("the paper's lambda: samples follow p exp(reward_multiplier * reward)", above=0)
+    method: dict[str, Any] = setting("tuning method by name, with its constructor's arguments")
+    anchors: AnchorsConfig = setting("clean samples that states are made around")
+    data: TuningDataConfig = setting("samples of the law before tuning")
+    cfg_scale: float | None = setting("classifier-free guidance of draws and of both drifts; null: none")
+    judges: list[Any] = setting("rewards that evaluations score and nothing is tuned to, as reward.parts are written")
+    evaluate_every: int = setting("steps between evaluations, off the training workers; 0: none", minimum=0)
+    evaluate_samples: int = setting("plain samples of one evaluation", minimum=8)
+    evaluate_steps: int = setting("steps of their sampler", minimum=1)
+    evaluate_cpus: float = setting("CPUs of the process that evaluates", above=0)
+    best_metric: str | None = setting("figure of the evaluations whose best weights become the model; null: the last")
+    stop_on_hacking: bool = setting("end when the reward rises while a judge falls clearly")
+    label_dropout: float = setting("share of the rows that are tuned at the null class", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +285,7 @@ class DeployConfig(JobConfig):
 
 ROOTS: dict[str, type[JobConfig]] = {
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
     "prepare_data": PrepareDataConfig,
     "export": ExportConfig,
     "sample": SampleConfig,
@@ -253,13 +298,43 @@ ROOTS: dict[str, type[JobConfig]] = {
 SWEPT_JOBS: dict[str, type[JobConfig]] = {"sample": TuneConfig, "train": TrainSweepConfig}
 """Root of `jobs.tune` by the job that a sweep is over; `conf/job/<name>.yaml` has its defaults."""
 
+FINETUNE_PRESETS: dict[str, list[str]] = {
+    # arXiv 2601.14430: one draw, its pathwise gradient, a constant sigma^2 = 200, no baseline. Not the tilted law.
+    "paper": [
+        "method=mfm_ft",
+        "method.num_draws=1",
+        "method.estimator=pathwise",
+        "method.baseline=none",
+        "method.diffusion=100",
+        "anchors.restart=1",
+        "anchors.start_steps=0",
+        "optimizer.name=radam",
+        "optimizer.learning_rate=1e-4",
+        "warmup_steps=250",
+        "learning_rate_schedule=constant",
+        "ema_decay=0.999",
+        "precision=bf16",
+        "gradient_clipping=1.5",
+    ]
+}
+"""Words of `jobs.finetune` by the preset that stands for them; other words of the command line win over them."""
+
 SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first four, the resources of a worker are named by the cluster, `training` holds keys of another root, and
+# the first five, the resources of a worker are named by the cluster, `training` holds keys of another root, and
 # `objectives` names metrics.
-ADDABLE = ("network", "objective", "reward", "steering", "scaling.resources_per_worker", "training", "objectives")
+ADDABLE = (
+    "network",
+    "objective",
+    "reward",
+    "steering",
+    "method",
+    "scaling.resources_per_worker",
+    "training",
+    "objectives",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +367,8 @@ def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     """Composes the YAML files of a root; types and bounds are not yet checked."""
     if root in SWEPT_JOBS:
         overrides = with_preset(overrides)
+    if root == "finetune":
+        overrides = with_finetune_preset(overrides)
     words = [_quote_text(root, word) for word in overrides]
     parsed = [_parse(word, given) for word, given in zip(words, overrides, strict=True)]
     for override in parsed:
@@ -312,6 +389,12 @@ def with_preset(words: Sequence[str]) -> list[str]:
         return list(words)
     place, _, trial = found[-1].removeprefix("preset=").strip("'\"").rpartition("#")
     return [*words_of_trial(place, trial), *(word for word in words if word not in found)]
+
+
+def with_finetune_preset(words: Sequence[str]) -> list[str]:
+    """The words that `preset=NAME` stands for, before those of the command line."""
+    named = [word.removeprefix("preset=").strip("'\"") for word in words if word.startswith("preset=")]
+    return [*(FINETUNE_PRESETS.get(named[-1], []) if named else []), *words]
 
 
 def group_choices(group: str) -> list[str]:

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     RESAMPLE = 10  # particle resampling
     AUGMENT = 11  # changes to training images
     LATENT = 12  # the sample of a stored posterior
+    CHAIN = 13  # when a chain of anchors begins again
 
 
 class Noise(Protocol):

@@ -78,7 +78,7 @@ def sample(
         order: 2 takes steps of second order in the drift, at no further call (`dynamics.extrapolate`).
         max_nfe: calls an image that are never exceeded; the method is cut to fit before it starts (`within_budget`).
         judges: rewards by name that score the images and are not optimised; not counted.
-        label: one class for all, (num_samples,) classes, or None.
+        label: one class for all, (num_samples,) classes, the null class num_classes among them, or None.
         batch_size: rows (images x particles) in flight; memory, not results, depends on it. Particles of one image
             that interact (search, SMC) stay together.
         keep_particles: return all particles and their rewards.
@@ -342,8 +342,9 @@ def _labels(flow_map: FlowMap, label: int | Tensor | None, num_samples: int) -> 
     labels = torch.as_tensor(label, dtype=torch.int64, device=_device(flow_map))
     if labels.shape not in ((), (num_samples,)):
         raise ValueError(f"label of shape {tuple(labels.shape)}: expected one class, or one for each of {num_samples}")
-    if bool(((labels < 0) | (labels >= flow_map.num_classes)).any()):
-        raise ValueError(f"label={label}: expected an integer from 0 to {flow_map.num_classes - 1}")
+    highest = flow_map.num_classes - (0 if labels.ndim else 1)  # the null class, for rows beside others
+    if bool(((labels < 0) | (labels > highest)).any()):
+        raise ValueError(f"label={label}: expected an integer from 0 to {highest}")
     return labels.expand(num_samples)
 
 

@@ -13,6 +13,7 @@ from mfm_ray.errors import refuse_unknown_arguments
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
+from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.networks.unet import UNetFlowMap
 
 
@@ -33,6 +34,9 @@ NETWORKS = {
     "dit": Entry(DiTFlowMap, _data_std),
     "unet": Entry(UNetFlowMap, dict),
 }
+TUNED = "tuned"
+"""The name of a pair of networks, {"name": "tuned", "base": {...}, "tuned": {...}}: no configuration begins there."""
+_PARTS = ("base", "tuned")
 _SUPPLIED = ("space", "num_classes", "mean", "variances", "basis")  # from the data, not from a configuration
 
 
@@ -46,11 +50,15 @@ def build_network(
     """The flow map that a mapping {"name": ..., **constructor arguments} describes.
 
     `moments` (mean, variances, basis of the data in model space) precondition it; without them the network has
-    placeholder buffers of the right shape, to be overwritten by a checkpoint. Raises ValueError for an unknown name
+    placeholder buffers of the right shape, to be overwritten by a checkpoint; both parts of a tuned network are made
+    without. Raises ValueError for an unknown name
     and for arguments that the constructor refuses, naming both.
     """
     arguments = dict(network)
     name = arguments.pop("name", None)
+    if name == TUNED:
+        parts = {part: build_network(arguments[part], space=space, num_classes=num_classes) for part in _PARTS}
+        return TunedFlowMap(**parts)
     if name not in NETWORKS:
         raise ValueError(f"network.name={name!r}: expected one of {', '.join(sorted(NETWORKS))}")
     entry = NETWORKS[name]

@@ -5,13 +5,17 @@ from typing import Any
 
 from mfm_ray.errors import InputError
 from mfm_ray.protocols.digits import DigitsProtocol
+from mfm_ray.protocols.finetune_digits import FinetuneDigitsProtocol
+from mfm_ray.protocols.finetune_gmm import FinetuneGmmProtocol
 from mfm_ray.protocols.gmm import GmmProtocol
 from mfm_ray.protocols.values import ValuesProtocol
 from mfm_ray.settings import from_dict
 
-Protocol = DigitsProtocol | GmmProtocol | ValuesProtocol
+Protocol = DigitsProtocol | FinetuneDigitsProtocol | FinetuneGmmProtocol | GmmProtocol | ValuesProtocol
 PROTOCOLS: dict[str, type[Protocol]] = {
     "digits": DigitsProtocol,
+    "finetune_digits": FinetuneDigitsProtocol,
+    "finetune_gmm": FinetuneGmmProtocol,
     "gmm": GmmProtocol,
     "mnist": DigitsProtocol,
     "values": ValuesProtocol,

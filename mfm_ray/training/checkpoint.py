@@ -2,6 +2,7 @@
 
     deepspeed/...               the engine's own shards (pickles: read only after their hashes matched)
     ema-rank-<N>.safetensors    this rank's part of the moving averages
+    feed-rank-<N>.safetensors   what this rank's feed carries from step to step, where it carries anything
     ema_model.safetensors       the averaged model whole, written tensor by tensor by rank 0; what `jobs.export` reads
     ema_model-<decay>...        the same by each further decay of `ema_decay`
     manifest-rank-<N>.json      step, layout and configuration, and size and SHA-256 of every file that rank wrote
@@ -76,6 +77,10 @@ def ema_name(rank: int) -> str:
     return f"ema-rank-{rank}.safetensors"
 
 
+def feed_name(rank: int) -> str:
+    return f"feed-rank-{rank}.safetensors"
+
+
 def model_files(decays: Sequence[float]) -> dict[float, str]:
     """Where the averaged model of each decay lies, the first under the plain name."""
     return {decay: f"ema_model-{decay!r}.safetensors" if i else MODEL_FILE for i, decay in enumerate(decays)}
@@ -132,7 +137,7 @@ def check_compatible(
     if list(ema_decays) != state.ema_decays:
         held, wanted = (json.dumps(list(decays)) for decays in (state.ema_decays, ema_decays))
         raise CheckpointError(f"ema_decay={wanted}: {checkpoint.uri} holds averages of {held}; resume with those")
-    for group in ("network", "interpolant", "data", "cfg_scales"):
+    for group in ("network", "interpolant", "data", "cfg_scales", "tuning"):
         difference = _first_difference(state.model.get(group), model.get(group), group)
         if difference is not None:
             key, theirs, ours = difference

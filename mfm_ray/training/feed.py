@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mfm_ray.config import TrainConfig
+from mfm_ray.config import TrainingConfig
 from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.batch import Batch
 from mfm_ray.data.latents import draw
@@ -41,14 +41,21 @@ class TrainingData:
 
     @classmethod
     def load(
-        cls, source: Storage, config: TrainConfig, split: BatchSplit, *, rank: int, device: torch.device
+        cls,
+        source: Storage,
+        config: TrainingConfig,
+        split: BatchSplit,
+        *,
+        jitter: AffineJitter,
+        rank: int,
+        device: torch.device,
     ) -> TrainingData:
         rows, manifest = load_split(source, "train"), read_manifest(source)
         return cls(
             x=rows.data,
             row_form=manifest.row_form,
             space=manifest.space,
-            jitter=AffineJitter(**vars(config.augmentation)),
+            jitter=jitter,
             labels=rows.labels if bool((rows.labels >= 0).any()) else None,
             sha256=manifest.sha256,
             order=SampleOrder(num_rows=len(rows), seed=config.seed, global_batch_size=config.global_batch_size),
@@ -57,6 +64,11 @@ class TrainingData:
             rank=rank,
             device=device,
         )
+
+    def samples(self, index: Tensor) -> Tensor:
+        """Samples of some rows of the split in model space, (N, *event), the same on all workers."""
+        noise = KeyedNoise.for_rows(self.seed, index)
+        return self.space.to_model_space(draw(self.x[index], self.row_form, noise))
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This worker's micro-batches of a step, each with its noise.
@@ -78,7 +90,7 @@ class TrainingData:
             yield micro, KeyedNoise.for_rows(self.seed, micro.rows).fold_in(step)
 
 
-class Feed:
+class BatchFeed:
     """The micro-batches of `TrainingData`, bit for bit, made and copied by a thread one or two steps ahead.
 
     end: steps of the run. On CUDA the copies run on a stream of their own, so that they overlap the computation.
@@ -95,6 +107,13 @@ class Feed:
         if staged.copied is not None:
             staged.hand_over(torch.cuda.current_stream(self._data.device))
         return staged.batches
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: the batches of a step follow from its number."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        assert not state
 
     def close(self) -> None:
         self._steps.close()

@@ -8,11 +8,13 @@ from typing import Any
 from mfm_ray.config import TrainConfig
 from mfm_ray.data.shards import load_split, read_manifest
 from mfm_ray.data_space import DataSpace
-from mfm_ray.networks import build_network
+from mfm_ray.networks import TUNED, build_network
 from mfm_ray.networks.classifier import TrainedClassifier, train_classifier
+from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import save_model
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointModel, read_checkpoint_model
+from mfm_ray.training.tuned_model import build_tuned, save_tuned_model, with_best
 
 CLASSIFIER_BATCH = 64
 
@@ -24,23 +26,31 @@ def export_checkpoint(
     ema_decay: float | None = None,
     judge: TrainedClassifier | None = None,
     picture: bytes | None = None,
+    best: Storage | None = None,
 ) -> dict[str, float]:
     """Write the model directory of any checkpoint in place of an older one; the figures on its card.
 
-    ema_decay: which of the averages, by default the first of them. Nothing is unpickled. InputError naming the file
-    when the checkpoint is damaged or none, and for a decay that it does not hold.
+    ema_decay: which of the averages, by default the first of them. best: folder of the best weights of a fine-tuning,
+    taken in the place of the checkpoint's. Nothing is unpickled. InputError naming the file when the checkpoint is
+    damaged or none, and for a decay that it does not hold.
     """
     found = read_checkpoint_model(location, ema_decay=ema_decay)
+    if best is not None:
+        found = with_best(found, best)
     flow_map = build_from(found)
     figures = dict(found.state.figures)
     if judge is not None:
         figures["classifier_heldout_accuracy"] = judge.heldout_accuracy
+    pictures = {"samples.png": picture} if picture is not None else {}
+    if isinstance(flow_map, TunedFlowMap):
+        save_tuned_model(target, flow_map, found, pictures=pictures)
+        return figures
     save_model(
         target,
         flow_map,
         config={**found.state.model, "training": training_summary(found)},
         metrics=figures,
-        pictures={"samples.png": picture} if picture is not None else None,
+        pictures=pictures,
         classifier=judge.classifier if judge is not None else None,
         heldout_accuracy=judge.heldout_accuracy if judge is not None else None,
     )
@@ -49,6 +59,8 @@ def export_checkpoint(
 
 def build_from(found: CheckpointModel) -> Any:
     """The network that a checkpoint describes, with its averaged weights."""
+    if found.state.model["network"]["name"] == TUNED:
+        return build_tuned(found)
     data = found.state.model["data"]
     flow_map = build_network(
         found.state.model["network"], space=DataSpace.from_config(data), num_classes=data["num_classes"]

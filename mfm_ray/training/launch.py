@@ -15,7 +15,7 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mfm_ray.config import TrainConfig
+from mfm_ray.config import TrainConfig, TrainingConfig
 from mfm_ray.data import datasets
 from mfm_ray.data.shards import Manifest, read_manifest, write_shards
 from mfm_ray.environment import environment_defaults
@@ -29,6 +29,7 @@ from mfm_ray.training.ema import ema_decays
 from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
 from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
+from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.progress import ProgressDisplay
 from mfm_ray.training.session import Measure, Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
@@ -93,17 +94,26 @@ class Found:
 
 def check_config(config: TrainConfig) -> None:
     """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
-    workers = num_workers(config)
-    zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
-    zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
+    check_training(config)
     check_objective(config.objective)
-    ema_decays(config.ema_decay)
-    check_trackers(config.trackers)
-    if config.data.path is None and config.data.name not in _BUNDLED:
+    if config.data.path is None and not is_bundled(config.data.name):
         raise InputError(
             f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
             "prepare it with jobs.prepare_data and give its folder"
         )
+
+
+def is_bundled(name: str) -> bool:
+    return name in _BUNDLED
+
+
+def check_training(config: TrainingConfig) -> None:
+    """What every training has in common: batch, sharding, averages, trackers. ValueError, one line."""
+    workers = num_workers(config)
+    zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
+    zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
+    ema_decays(config.ema_decay)
+    check_trackers(config.trackers)
 
 
 def check_images(config: TrainConfig, data: Manifest) -> None:
@@ -116,7 +126,7 @@ def check_images(config: TrainConfig, data: Manifest) -> None:
             raise InputError(f"{key}={value}: {data.name} holds no images, expected 0")
 
 
-def num_workers(config: TrainConfig) -> int:
+def num_workers(config: TrainingConfig) -> int:
     if not isinstance(config.scaling.num_workers, int):
         raise InputError(
             f"scaling.num_workers={config.scaling.num_workers}: elastic training is not available yet, "
@@ -139,40 +149,65 @@ def run_training(
     model = model_config(typed, manifest)
     check_images(typed, manifest)
     check_teacher(typed.objective, manifest)
-    found = newest_checkpoint(storage)
+    task = Pretraining(teacher=teacher_location(typed.objective))
+    added = additions or Additions()
+    plan = Plan(
+        config=dict(config),
+        data=data,
+        run=storage,
+        model=model,
+        cuda=uses_gpu(typed),
+        task=task,
+        measure=added.measure,
+        start_from=added.start_from,
+    )
+    found = train_to_the_end(
+        plan,
+        typed,
+        data_sha256=manifest.sha256,
+        resume=resume,
+        log=log,
+        callbacks=added.callbacks,
+        shows_progress=added.shows_progress,
+    )
+    return finish(typed, storage, data, found, log)
+
+
+def train_to_the_end(
+    plan: Plan,
+    config: TrainingConfig,
+    *,
+    data_sha256: str,
+    resume: bool,
+    log: Log,
+    callbacks: Sequence[Any] = (),
+    shows_progress: bool = True,
+) -> Found:
+    """The last checkpoint of a run, which goes on from the newest one that is there, if it may.
+
+    InputError for a checkpoint that is in the way or of another run, and as `fit` raises.
+    """
+    found = newest_checkpoint(plan.run)
     if found is not None and not resume:
-        raise InputError(f"{storage.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
+        raise InputError(f"{plan.run.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
     if found is not None:
         checkpoint.check_compatible(
             found.storage,
             found.state,
-            world_size=num_workers(typed),
-            stage=typed.zero.stage,
-            model=model,
-            data_sha256=manifest.sha256,
-            ema_decays=ema_decays(typed.ema_decay),
+            world_size=num_workers(config),
+            stage=config.zero.stage,
+            model=plan.model,
+            data_sha256=data_sha256,
+            ema_decays=ema_decays(config.ema_decay),
         )
         log(f"going on from step {found.state.step}")
     elif resume:
         log("nothing to resume, starting from the beginning")
-    if found is None or not is_complete(typed, found.state):
-        teacher = teacher_location(typed.objective)
-        cuda = uses_gpu(typed)
-        added = additions or Additions()
-        plan = Plan(
-            config=dict(config),
-            data=data,
-            run=storage,
-            model=model,
-            cuda=cuda,
-            teacher=teacher,
-            measure=added.measure,
-            start_from=added.start_from,
-        )
-        fit(plan, typed, log, callbacks=added.callbacks, shows_progress=added.shows_progress)
-        found = newest_checkpoint(storage)
+    if found is None or not is_complete(config, found.state):
+        fit(plan, config, log, callbacks=callbacks, shows_progress=shows_progress)
+        found = newest_checkpoint(plan.run)
     assert found is not None, "a finished run has a checkpoint"
-    return finish(typed, storage, data, found, log)
+    return found
 
 
 def prepare_data(config: TrainConfig, storage: Storage, log: Log) -> Storage:
@@ -180,10 +215,15 @@ def prepare_data(config: TrainConfig, storage: Storage, log: Log) -> Storage:
     if config.data.path is not None:
         read_manifest(config.data.path)
         return Storage(config.data.path)
+    return bundled_data(config.data.name, storage, log)
+
+
+def bundled_data(name: str, storage: Storage, log: Log) -> Storage:
+    """Bundled data of that name as shards in the run's folder."""
     target = storage.child("data")
     if not target.exists():
-        log(f"preparing {config.data.name}")
-        write_shards(target, _BUNDLED[config.data.name]())
+        log(f"preparing {name}")
+        write_shards(target, _BUNDLED[name]())
     return target
 
 
@@ -214,12 +254,12 @@ def newest_checkpoint(storage: Storage) -> Found | None:
     return Found(folder, checkpoint.read_state(folder))
 
 
-def is_complete(config: TrainConfig, state: checkpoint.CheckpointState) -> bool:
+def is_complete(config: TrainingConfig, state: checkpoint.CheckpointState) -> bool:
     out_of_time = config.max_seconds is not None and state.seconds >= config.max_seconds
     return state.step >= config.max_steps or out_of_time
 
 
-def uses_gpu(config: TrainConfig) -> bool:
+def uses_gpu(config: TrainingConfig) -> bool:
     """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each worker."""
     if config.scaling.use_gpu is not None:
         return config.scaling.use_gpu
@@ -227,7 +267,7 @@ def uses_gpu(config: TrainConfig) -> bool:
 
 
 def fit(
-    plan: Plan, config: TrainConfig, log: Log, *, callbacks: Sequence[Any] = (), shows_progress: bool = True
+    plan: Plan, config: TrainingConfig, log: Log, *, callbacks: Sequence[Any] = (), shows_progress: bool = True
 ) -> None:
     """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
     if not plan.cuda:
@@ -258,7 +298,7 @@ def fit(
         raise problem if isinstance(problem, InputError) else DivergedError(str(problem))
 
 
-def worker_resources(config: TrainConfig, cuda: bool) -> dict[str, float]:
+def worker_resources(config: TrainingConfig, cuda: bool) -> dict[str, float]:
     return {**config.scaling.resources_per_worker, **({"GPU": 1.0} if cuda else {})}
 
 
@@ -316,10 +356,14 @@ def finish(config: TrainConfig, storage: Storage, data: Storage, found: Found, l
     figures = export_checkpoint(
         found.storage, storage.child("model"), judge=train_judge(config, data), picture=newest_picture(storage)
     )
-    artifacts = {
+    return TrainingResult(metrics=figures, artifacts=artifacts_of(storage))
+
+
+def artifacts_of(storage: Storage) -> dict[str, str]:
+    """What a finished run has left, by name."""
+    return {
         "model": storage.uri_of("model"),
         "checkpoints": storage.uri_of(CHECKPOINTS),
         "metrics": storage.uri_of(METRICS_FILE),
         **({"samples": storage.uri_of("samples")} if storage.is_dir("samples") else {}),
     }
-    return TrainingResult(metrics=figures, artifacts=artifacts)

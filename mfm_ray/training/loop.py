@@ -15,6 +15,7 @@ from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.metrics_log import TrainingDiverged
 from mfm_ray.training.recorder import Recorder, read_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.target_feed import TargetsError
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         return {"metrics": train(settings["plan"])}
-    except (CheckpointError, TrainingDiverged) as error:
+    except (CheckpointError, TrainingDiverged, TargetsError) as error:
         return {"error": error}
 
 
@@ -46,10 +47,12 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
         training_step(training, step)
         done = step + 1
         last = done == config.max_steps or deadline.reached(done)
+        if training.work.evaluate_every and (last or done % training.work.evaluate_every == 0):
+            recorder.evaluate(done)
+        if last or any(done % every == 0 for every in recorder.line_every):
+            last = recorder.record(done, last=last) or last
         sample = config.sample_every > 0 and (last or done % config.sample_every == 0)
         save = last or done % config.checkpoint_every == 0
-        if sample or save or done % config.log_every == 0:
-            recorder.record(done)
         if sample:
             recorder.draw_samples(done)
         if save:
@@ -63,8 +66,8 @@ def training_step(training: Training, step: int) -> None:
     engine, figures, began = training.engine, [], time.perf_counter()
     batches = training.feed.take(step)
     training.data_seconds += time.perf_counter() - began
-    for batch, noise in batches:
-        loss, noted = engine.forward(batch, noise, step)
+    for micro_batch in batches:
+        loss, noted = engine.forward(*micro_batch, step)
         engine.backward(loss)
         engine.step(training.learning_rate(step))
         figures.append(noted)

@@ -8,16 +8,19 @@ import time
 from pathlib import Path
 
 import ray.train
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
 from mfm_ray.training.device_peaks import memory_peak
+from mfm_ray.training.evaluation import Evaluations, hacked
 from mfm_ray.training.metrics_log import MetricsLog, TrainingDiverged
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
-from mfm_ray.training.session import Measure, Training, build_flow_map
+from mfm_ray.training.session import Measure, Training
 from mfm_ray.training.trackers import open_trackers
 
 
@@ -31,14 +34,24 @@ class Recorder:
         self._training = training
         self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
         self._trackers = open_trackers(training.config, training.plan.run) if training.rank == 0 else []
+        evaluates = training.rank == 0 and training.plan.evaluator is not None
+        self._evaluations = Evaluations(training.plan.evaluator, start=start) if evaluates else None
+        if self._evaluations is not None and start == 0:
+            self._evaluations.submit(0, None)
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
 
-    def record(self, done: int) -> None:
-        """Average the figures since the last call; write a line of history."""
+    @property
+    def line_every(self) -> list[int]:
+        """Steps after whose multiples there is a line of history: also before whatever leaves the worker."""
+        config = self._training.config
+        return [every for every in (config.log_every, config.checkpoint_every, config.sample_every) if every]
+
+    def record(self, done: int, *, last: bool) -> bool:
+        """Average the figures since the last call; write a line of history. Whether an evaluation ends the run."""
         training = self._training
-        means = training.window.flush() | training.buckets.flush()
+        means = training.work.derived(training.window.flush()) | training.buckets.flush()
         interval = time.monotonic() - self._interval_began
         numbers = {
             **means,
@@ -50,21 +63,55 @@ class Recorder:
             "seconds": training.seconds,
         }
         training.data_seconds = 0.0
+        *earlier, newest = self._evaluated(last) or [{}]
+        numbers |= newest
         self.figures = {"step": done, **numbers}
+        for line in (*earlier, numbers):
+            if self._log is not None:
+                self._log.write(done, line)
+            for tracker in self._trackers:
+                tracker.log(done, line)
         if self._log is not None:
-            self._log.write(done, numbers)
             self._tell_progress(done, numbers)
-        for tracker in self._trackers:
-            tracker.log(done, numbers)
         self._begin_interval(done)
+        return self._is_hacked()
+
+    def evaluate(self, done: int) -> None:
+        """Hand the averaged weights to the evaluator, which takes its time."""
+        weights = self._averaged_weights()
+        if self._evaluations is not None:
+            self._evaluations.submit(done, weights)
+
+    def _evaluated(self, last: bool) -> list[dict[str, float]]:
+        """What evaluations have found since the last line; at the end those that are not done yet are waited for."""
+        return [] if self._evaluations is None else self._evaluations.collect(wait=last)
+
+    def _is_hacked(self) -> bool:
+        """Whether rank 0 sees the reward hacked; all are told."""
+        training = self._training
+        if not training.work.stop_on_hacking:
+            return False
+        seen = self._evaluations is not None and hacked(self._evaluations.history) is not None
+        answer = torch.tensor([seen], dtype=torch.int64, device=training.engine.device)
+        torch.distributed.broadcast(answer, src=0)
+        self.figures["evaluation.hacked"] = float(answer[0])
+        return bool(answer[0])
 
     def draw_samples(self, done: int) -> None:
         """A picture of samples of the averaged model; rank 0 draws, all take part in gathering the weights."""
-        training = self._training
-        model = self._averaged_model()
-        if model is not None:
-            write_sample_grid(training.plan.run, done, model, seed=training.config.seed)
+        training, weights = self._training, self._averaged_weights()
+        if training.rank == 0:
+            samples = training.work.pictures(weights, training.engine.device)
+            write_sample_grid(training.plan.run, done, samples)
         self._begin_interval(done)
+
+    def _averaged_weights(self) -> dict[str, Tensor]:
+        """The averaged model on rank 0, nothing on the others, which take part in gathering it."""
+        training, weights = self._training, {}
+        for name, tensor in training.ema.full_tensors(training.flow_map):
+            if training.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        return weights
 
     def save_checkpoint(self, done: int) -> None:
         """Keep where the run stands, with what the plan measures on the averaged model. TrainingDiverged as there."""
@@ -89,16 +136,8 @@ class Recorder:
 
     def _averaged_model(self) -> FlowMap | None:
         """The averaged model on rank 0's device, None on the others, which take part in gathering it. Collective."""
-        training = self._training
-        weights = {}
-        for name, tensor in training.ema.full_tensors(training.flow_map):
-            if training.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
-        if training.rank != 0:
-            return None
-        model = build_flow_map(training.plan, training.config)
-        model.load_state_dict(weights)
-        return model.to(training.engine.device).eval()
+        training, weights = self._training, self._averaged_weights()
+        return training.work.model(weights, training.engine.device) if training.rank == 0 else None
 
     def _measured(self, measure: Measure, done: int) -> dict[str, float]:
         """What rank 0 measures, on all ranks; its seconds are none of training. Collective.
@@ -135,6 +174,8 @@ def write_checkpoint(training: Training, directory: Path, *, done: int, figures:
     rank = training.rank
     training.engine.save(directory)
     training.ema.save(directory / checkpoint.ema_name(rank))
+    if feed := training.feed.state():
+        safetensors.torch.save_file(feed, directory / checkpoint.feed_name(rank))
     for decay, name in checkpoint.model_files(training.ema.decays).items():
         model_file = directory / name if rank == 0 else None
         checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map, decay))
@@ -158,6 +199,8 @@ def read_checkpoint(training: Training, directory: Path) -> int:
     state = checkpoint.read_state(Storage(directory))
     training.engine.load(directory)
     training.ema.load(directory / checkpoint.ema_name(training.rank))
+    feed = directory / checkpoint.feed_name(training.rank)
+    training.feed.load_state(safetensors.torch.load_file(feed) if feed.exists() else {})
     training.seconds_before, training.started = state.seconds, time.monotonic()
     return state.step
 

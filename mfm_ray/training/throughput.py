@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from mfm_ray.config import TrainConfig
+from mfm_ray.config import TrainingConfig
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.flops import forward_flops
-from mfm_ray.objectives import Term
 from mfm_ray.training.device_peaks import device_peak
+
+
+class Cost(Protocol):
+    """A part of a step with a cost of its own, in forward passes of the batch, such as a term of an objective."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def forward_units(self) -> float: ...
+
+    def active(self, step: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -20,13 +32,13 @@ class Throughput:
     workers' devices together, None where it is not known.
     """
 
-    terms: tuple[Term, ...]
+    terms: tuple[Cost, ...]
     forward_flops: float
     rows: int
     peak: float | None
 
     @classmethod
-    def count(cls, flow_map: FlowMap, terms: Sequence[Term], config: TrainConfig, *, workers: int) -> Throughput:
+    def count(cls, flow_map: FlowMap, terms: Sequence[Cost], config: TrainingConfig, *, workers: int) -> Throughput:
         """Counts the FLOPs of a network that is whole on its device; once sharded it could not be counted."""
         device = next(flow_map.parameters()).device
         peak = device_peak(device, config.precision)

@@ -26,14 +26,10 @@ def bucket_name(term: str, bucket: int) -> str:
 
 
 class BucketWindow:
-    """`bucket_sums` of the micro-batches since the last flush, added up on the device in float64.
-
-    start: where they begin in the figures of `LossModule`, after the mean loss and the mean of each term.
-    """
+    """`bucket_sums` of the micro-batches since the last flush, added up on the device in float64."""
 
     def __init__(self, terms: Sequence[str]) -> None:
         self._terms = tuple(terms)
-        self.start = 1 + len(self._terms)
         self._sums: Tensor | None = None
 
     def add(self, sums: Tensor) -> None:

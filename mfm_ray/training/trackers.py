@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mfm_ray.config import TrainConfig, flatten, to_dict
+from mfm_ray.config import TrainConfig, TrainingConfig, flatten, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
 
@@ -28,7 +28,7 @@ class MLflowTracker:
     It goes to MLFLOW_TRACKING_URI, and without that to mlflow.db in the run's folder where it is a local one.
     """
 
-    def __init__(self, config: TrainConfig, run: Storage) -> None:
+    def __init__(self, config: TrainingConfig, run: Storage) -> None:
         from ray.air.integrations.mlflow import setup_mlflow
 
         self._mlflow: Any = setup_mlflow(
@@ -49,12 +49,13 @@ class MLflowTracker:
 class WandbTracker:
     """A run of W&B project `mfm-ray`; account and mode come from W&B's own environment variables."""
 
-    def __init__(self, config: TrainConfig, run: Storage) -> None:
+    def __init__(self, config: TrainingConfig, run: Storage) -> None:
         from ray.air.integrations.wandb import setup_wandb
 
         project = os.environ.get("WANDB_PROJECT_NAME") or os.environ.get("WANDB_PROJECT") or PROJECT
+        group = config.experiment if isinstance(config, TrainConfig) else "finetune"
         self._run: Any = setup_wandb(
-            parameters(config), project=project, trial_name=config.name, group=config.experiment, dir=_folder(run)
+            parameters(config), project=project, trial_name=config.name, group=group, dir=_folder(run)
         )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -74,12 +75,12 @@ def check_trackers(names: Sequence[str]) -> None:
             raise InputError(f"trackers=[{','.join(names)}]: {name} is not installed; pip install {name}")
 
 
-def open_trackers(config: TrainConfig, run: Storage) -> list[Tracker]:
+def open_trackers(config: TrainingConfig, run: Storage) -> list[Tracker]:
     """The trackers that the configuration asks for; each attempt of a run is a run of its own there."""
     return [TRACKERS[name](config, run) for name in config.trackers]
 
 
-def parameters(config: TrainConfig) -> dict[str, Any]:
+def parameters(config: TrainingConfig) -> dict[str, Any]:
     """The configuration by dotted key."""
     return {key: value for key, value in flatten(to_dict(config)).items() if not isinstance(value, Mapping)}
 

@@ -146,3 +146,25 @@ def test_a_client_without_the_token_is_turned_away(client_environment: dict[str,
     done = submit(stranger, f"storage={tmp_path}")
     assert done.returncode != 0
     assert not (tmp_path / "digits").exists()
+
+
+@pytest.mark.slow
+def test_a_submitted_finetuning_leaves_a_tuned_model(
+    client_environment: dict[str, str], tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["reward=symmetry", "global_batch_size=16", "max_steps=4", "evaluate_every=4", "evaluate_samples=8"]
+    done = submit(
+        client_environment,
+        f"model={tiny_models['tiny']}",
+        f"storage={tmp_path}",
+        "evaluate_steps=2",
+        "sample_every=0",
+        *words,
+        job="finetune",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "finetune" / "result.json").read_text())
+    assert result["status"] == "ok"
+    config = json.loads((Path(result["artifacts"]["model"]) / "config.json").read_text())
+    assert config["network"]["name"] == "tuned"
+    assert result["metrics"]["evaluation.step"] == 4

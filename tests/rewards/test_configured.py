@@ -12,6 +12,7 @@ from mfm_ray.rewards import ClassProbability, Minimum, Symmetry, TargetBrightnes
 torch.manual_seed(0)
 CLASSIFIER = DigitClassifier(num_classes=10, event_shape=(1, 8, 8))
 IMAGES = torch.rand(4, 1, 8, 8)
+POINTS = torch.rand(4, 2)
 
 
 def build(*words):
@@ -27,7 +28,7 @@ def test_every_named_reward_can_be_chosen_and_built_as_it_stands():
             assert reward is None
         else:
             assert reward.name == name
-            assert reward(IMAGES).shape == (4,)
+            assert reward(POINTS if name == "linear_gaussian" else IMAGES).shape == (4,)
 
 
 def test_a_weighted_sum_is_written_as_a_list_of_parts():

@@ -11,9 +11,10 @@ import torch
 
 from mfm_ray.config import TrainConfig, load_config
 from mfm_ray.data import Dataset, Split, write_shards
+from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data_space import DataSpace
 from mfm_ray.storage import Storage
-from mfm_ray.training.feed import Feed, MicroBatch, TrainingData
+from mfm_ray.training.feed import BatchFeed, MicroBatch, TrainingData
 from mfm_ray.training.zero import split_batch
 
 STEPS = 12
@@ -39,7 +40,8 @@ def read(folder: Path, dataset: Dataset, *, rank: int = 0, workers: int = 2, mic
     config = load_config("train", [word.replace("True", "0.7").replace("False", "0") for word in words])
     assert isinstance(config, TrainConfig)
     split = split_batch(24, num_workers=workers, micro_batch_size=micro)
-    return TrainingData.load(Storage(folder), config, split, rank=rank, device=torch.device("cpu"))
+    jitter = AffineJitter(**vars(config.augmentation))
+    return TrainingData.load(Storage(folder), config, split, jitter=jitter, rank=rank, device=torch.device("cpu"))
 
 
 def assert_same(taken: list[MicroBatch], direct: list[MicroBatch]) -> None:
@@ -56,7 +58,7 @@ def test_what_is_fetched_ahead_is_what_a_direct_reading_gives(
     tmp_path: Path, make: Any, micro: int | None, rank: int
 ) -> None:
     data = read(tmp_path / "data", make(), rank=rank, micro=micro)
-    feed = Feed(data, end=STEPS)
+    feed = BatchFeed(data, end=STEPS)
     for step in range(STEPS):
         taken = feed.take(step)
         assert len(taken) == (1 if micro is None else 3)
@@ -67,10 +69,10 @@ def test_what_is_fetched_ahead_is_what_a_direct_reading_gives(
 @pytest.mark.parametrize("make", [images, latents])
 def test_a_resumed_feed_goes_on_with_the_same_bits(tmp_path: Path, make: Any) -> None:
     data = read(tmp_path / "data", make(), micro=6)
-    feed = Feed(data, end=STEPS)
+    feed = BatchFeed(data, end=STEPS)
     whole = [feed.take(step) for step in range(STEPS)]
     feed.close()
-    resumed = Feed(read(tmp_path / "data", make(), micro=6), end=STEPS)
+    resumed = BatchFeed(read(tmp_path / "data", make(), micro=6), end=STEPS)
     for step in range(7, STEPS):
         assert_same(resumed.take(step), whole[step])
     resumed.close()
@@ -109,7 +111,7 @@ def test_an_error_of_the_thread_ends_the_step_that_needed_its_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = read(tmp_path / "data", images())
-    feed = Feed(data, end=STEPS)
+    feed = BatchFeed(data, end=STEPS)
     feed.take(0)
     monkeypatch.setattr(data, "x", data.x[:3])
     with pytest.raises(IndexError):
@@ -122,7 +124,7 @@ def test_on_cuda_the_batches_arrive_whole(tmp_path: Path) -> None:
     data = read(tmp_path / "data", images(), micro=4)
     cuda = read(tmp_path / "data", images(), micro=4)
     cuda.device = torch.device("cuda", 0)
-    feed = Feed(cuda, end=STEPS)
+    feed = BatchFeed(cuda, end=STEPS)
     for step in range(STEPS):
         for (batch, noise), (other, other_noise) in zip(feed.take(step), data.micro_batches(step), strict=True):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(batch.tensors(), other.tensors(), strict=True))

@@ -20,6 +20,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from mfm_ray.config import TrainConfig, load_config, to_dict
+from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.datasets import Dataset, Split
 from mfm_ray.data.shards import read_manifest, write_shards
 from mfm_ray.data_space import DataSpace
@@ -29,10 +30,12 @@ from mfm_ray.objectives import OBJECTIVES, build_objective
 from mfm_ray.pretrained import save_model
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
-from mfm_ray.training import session
+from mfm_ray.training import pretraining, session
+from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.launch import model_config
 from mfm_ray.training.loss_module import LossModule
-from mfm_ray.training.session import Plan, TrainingData, build_flow_map, set_up
+from mfm_ray.training.pretraining import Pretraining, build_flow_map
+from mfm_ray.training.session import Plan, set_up
 from mfm_ray.training.teacher import load_teacher, teacher_location
 from mfm_ray.training.zero import LearningRate, split_batch, zero_config
 
@@ -115,7 +118,9 @@ def settings(case: Case, folder: Path, stage: int = 0, world_size: int = 1) -> d
 def plan_of(config: dict[str, Any], folder: Path) -> Plan:
     data = Storage(folder / "data" / config["network"]["name"])
     teacher = teacher_location(config["objective"])
-    return Plan(config=config, data=data, run=Storage(folder / "run"), model={}, cuda=False, teacher=teacher)
+    return Plan(
+        config=config, data=data, run=Storage(folder / "run"), model={}, cuda=False, task=Pretraining(teacher=teacher)
+    )
 
 
 def write_data(folder: Path) -> None:
@@ -184,11 +189,13 @@ def run_reference(case: Case, folder: Path) -> dict[str, Any]:
     """The same in plain PyTorch: one process, whole batches, float32."""
     config = from_dict(TrainConfig, settings(dataclasses.replace(case, accumulation=1, precision="fp32"), folder))
     plan = plan_of(to_dict(config), folder)
-    teacher = load_teacher(plan.teacher, precision="fp32", device=torch.device("cpu"))
+    assert isinstance(plan.task, Pretraining)
+    teacher = load_teacher(plan.task.teacher, precision="fp32", device=torch.device("cpu"))
     objective = build_objective(config.objective, teacher=teacher)
     module = LossModule(perturbed_flow_map(plan, config), objective, precision="fp32")
     split = split_batch(ROWS, num_workers=1, micro_batch_size=None)
-    data = TrainingData.load(plan.data, config, split, rank=0, device=torch.device("cpu"))
+    jitter = AffineJitter(**vars(config.augmentation))
+    data = TrainingData.load(plan.source, config, split, jitter=jitter, rank=0, device=torch.device("cpu"))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-2)
     schedule = LearningRate(peak=0.01, warmup_steps=2, schedule="cosine", max_steps=STEPS)
     losses, gradients = [], []
@@ -206,7 +213,7 @@ def run_reference(case: Case, folder: Path) -> dict[str, Any]:
 
 def worker(rank: int, stage: int, world_size: int, folder: str) -> None:
     warnings.simplefilter("ignore")
-    session.build_flow_map = perturbed_flow_map
+    pretraining.build_flow_map = perturbed_flow_map
     session.zero_config = nothing_stays_whole
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in address.items()})

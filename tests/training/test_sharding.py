@@ -18,6 +18,7 @@ import torch
 import torch.multiprocessing
 
 from mfm_ray.config import TrainConfig, load_config, to_dict
+from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.datasets import Dataset, Split
 from mfm_ray.data.shards import read_manifest, write_shards
 from mfm_ray.data_space import DataSpace
@@ -26,10 +27,12 @@ from mfm_ray.objectives import build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointError, read_checkpoint_model, read_state, verify_rank
+from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.loop import training_step
 from mfm_ray.training.loss_module import LossModule
+from mfm_ray.training.pretraining import build_flow_map
 from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
-from mfm_ray.training.session import Plan, Training, TrainingData, build_flow_map, set_up
+from mfm_ray.training.session import Plan, Training, set_up
 from mfm_ray.training.zero import LearningRate, split_batch
 
 # no Ray here, but two groups of training processes: not what `make test-fast` is for
@@ -165,7 +168,8 @@ def reference(folder: Path) -> dict[str, Any]:
     flow_map = build_flow_map(plan, config)
     module = LossModule(flow_map, build_objective(config.objective), precision="fp32")
     split = split_batch(16, num_workers=1, micro_batch_size=None)
-    data = TrainingData.load(plan.data, config, split, rank=0, device=torch.device("cpu"))
+    jitter = AffineJitter(**vars(config.augmentation))
+    data = TrainingData.load(plan.source, config, split, jitter=jitter, rank=0, device=torch.device("cpu"))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-4)
     schedule = LearningRate(peak=0.01, warmup_steps=2, schedule="cosine", max_steps=STEPS)
     average = {name: tensor.clone() for name, tensor in flow_map.state_dict().items()}

@@ -1,0 +1,77 @@
+"""Training of a flow map by an objective, from data or from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mfm_ray.config import TrainConfig
+from mfm_ray.data.augment import AffineJitter
+from mfm_ray.data.shards import load_moments, read_manifest
+from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks import build_network
+from mfm_ray.objectives import build_objective
+from mfm_ray.storage import Storage
+from mfm_ray.training.feed import BatchFeed, TrainingData
+from mfm_ray.training.loss_module import LossModule
+from mfm_ray.training.sample_grid import draw_steps
+from mfm_ray.training.task import Work
+from mfm_ray.training.teacher import load_teacher
+from mfm_ray.training.zero import BatchSplit, ZeroEngine
+
+if TYPE_CHECKING:
+    from mfm_ray.training.session import Plan
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The task of `jobs.train`. teacher: the model directory that is distilled, or None."""
+
+    config_type: ClassVar[type[Any]] = TrainConfig
+    teacher: Storage | None = None
+
+    def begin(self, plan: Plan, config: TrainConfig, device: torch.device) -> PretrainingWork:
+        teacher = load_teacher(self.teacher, precision=config.precision, device=device)
+        return PretrainingWork(plan, config, build_flow_map(plan, config).to(device), teacher, device)
+
+
+class PretrainingWork(Work):
+    """A network at initialisation and its objective."""
+
+    def __init__(
+        self, plan: Plan, config: TrainConfig, flow_map: FlowMap, teacher: FlowMap | None, device: torch.device
+    ) -> None:
+        self._plan, self._config = plan, config
+        objective = build_objective(config.objective, teacher=teacher)
+        self.flow_map = flow_map
+        self.terms = [weighted.term for weighted in objective.terms]
+        self.columns = ["loss", *(f"squared_error.{term.name}" for term in self.terms)]
+        self.module = LossModule(flow_map, objective.to(device), precision=config.precision)
+
+    def data(self, split: BatchSplit, *, rank: int, device: torch.device) -> TrainingData:
+        jitter = AffineJitter(**vars(self._config.augmentation))
+        return TrainingData.load(self._plan.source, self._config, split, jitter=jitter, rank=rank, device=device)
+
+    def feed(self, data: TrainingData, engine: ZeroEngine, split: BatchSplit) -> BatchFeed:
+        return BatchFeed(data, end=self._config.max_steps)
+
+    def model(self, weights: Mapping[str, Tensor], device: torch.device) -> FlowMap:
+        model = build_flow_map(self._plan, self._config)
+        model.load_state_dict(weights)
+        return model.to(device).eval()
+
+    def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        return draw_steps(self.model(weights, device), seed=self._config.seed)
+
+
+def build_flow_map(plan: Plan, config: TrainConfig) -> FlowMap:
+    """The network at initialisation, the same on every rank."""
+    manifest, moments = read_manifest(plan.source), load_moments(plan.source)
+    torch.manual_seed(config.seed)
+    return build_network(
+        config.network, space=manifest.space, num_classes=manifest.num_classes, moments=moments.preconditioning()
+    )
