@@ -48,7 +48,7 @@ def tracked(folder):
     return Tracked(name="sweep", settings=settings, objectives={"reward": "max", "nfe": "min"}, run=Storage(folder))
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "mlflow", "optuna"])
+@pytest.mark.parametrize("name", ["tensorboard", pytest.param("mlflow", marks=pytest.mark.slow), "optuna"])
 def test_a_tracker_holds_each_trial_once_though_it_is_told_twice(name, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for _ in range(2):
