@@ -47,6 +47,11 @@ class Combination(nn.Module, ABC):
         # those that are modules move with .to(device)
         self.modules_among_rewards = nn.ModuleList(r for r in rewards if isinstance(r, nn.Module))
 
+    @property
+    def waits_on(self) -> frozenset[str]:
+        """Names of what the parts wait for outside of this process (`mfm_ray.engine`)."""
+        return frozenset().union(*(getattr(reward, "waits_on", ()) for reward in self.rewards.values()))
+
     @classmethod
     def require_weight(cls, weight: object, *, of: str = "") -> None:
         """InputError for what cannot be a weight here; `of` names its reward."""
