@@ -91,6 +91,13 @@ class DirectPath:
         for replica in gone:
             self._close(replica)
 
+    def close(self) -> None:
+        """Closes what no call uses; replicas are asked for their addresses again at the next call."""
+        with self._lock:
+            known, self._replicas, self._refresh_at = self._replicas, {}, 0.0
+        for replica in known.values():
+            self._close(replica)
+
     def _choose(self, rows: int) -> _Replica:
         with self._lock:
             if not self._refreshing and time.monotonic() >= self._refresh_at:

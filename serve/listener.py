@@ -46,6 +46,8 @@ class Listener:
     def close(self) -> None:
         """Takes no more connections and requests; returns once those that have arrived are answered, or after 5 s."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             remaining = dict(self._open)
         _shut(self._socket)

@@ -63,10 +63,10 @@ class RewardServer:
 
     def __init__(self, cards: Sequence[ModelCard], settings: RewardSettings) -> None:
         self.name = settings.name
+        self._listeners: dict[str, Listener] = {}
         self._rewards = BuiltRewards(cards, capacity=settings.rewards_in_memory)
         self._batcher = Batcher(self._evaluate, max_rows=settings.max_batch_rows, name=self.name)
         self._seconds = reward_seconds()
-        self._listeners: dict[str, Listener] = {}
 
     async def address(self, caller: str) -> Address:
         """Where this replica listens for samplers on the node of this address.
