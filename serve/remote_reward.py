@@ -16,8 +16,9 @@ import torch
 from ray import serve
 from torch import Tensor
 
-from mfm_ray.rewards import RewardError
-from mfm_ray.steering.reward_gradient import with_gradient
+from mfm_ray.rewards import RewardError, WeightedSum
+from mfm_ray.steering import Reward
+from mfm_ray.steering.reward_gradient import evaluate, with_gradient
 
 from .direct import DirectPath, RefusedError, UnreachableError
 from .errors import first_line
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 
 SMALL_BYTES = 2**20
 """Below this, arrays travel inside the call (gRPC, at most 4 MB); above, through the object store."""
+_ASKING = concurrent.futures.ThreadPoolExecutor(1024, thread_name_prefix="asking")
 _PAUSE_S = 0.2
 _REST_S = 2.0
 """After all attempts have failed, so long is nothing asked of the reward: requests behind the first fail at once."""
@@ -132,6 +134,25 @@ class RemoteReward:
     def _call(self, method: str, samples: Tensor) -> Sequence[np.ndarray]:
         array = samples.detach().cpu().float().contiguous().numpy()
         return self._line.call(method, self._model, self._params, array)
+
+
+class SumOfParts(WeightedSum):
+    """A weighted sum, remote parts of which are asked at the same time."""
+
+    def evaluated(self, samples: Tensor) -> dict[str, Tensor]:
+        graded = torch.is_grad_enabled()
+        asked = {
+            name: _ASKING.submit(_evaluated, reward, samples, graded)
+            for name, reward in self.rewards.items()
+            if isinstance(reward, RemoteReward)
+        }
+        here = {name: evaluate(reward, samples) for name, reward in self.rewards.items() if name not in asked}
+        return {name: asked[name].result() if name in asked else here[name] for name in self.rewards}
+
+
+def _evaluated(reward: Reward, samples: Tensor, graded: bool) -> Tensor:
+    with torch.set_grad_enabled(graded):
+        return evaluate(reward, samples)
 
 
 def attempt(calls: Sequence[Callable[[], Result]], *, name: str) -> Result:

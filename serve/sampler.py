@@ -22,7 +22,7 @@ from mfm_ray.engine import Engine, EngineClosedError, Job, Pass, Snapshot, Ticke
 from mfm_ray.engine import Finished as Samples
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.pretrained import load_flow_map
-from mfm_ray.rewards import RewardError, WeightedSum
+from mfm_ray.rewards import RewardError
 from mfm_ray.steering import Reward, Steering, Unguided, score
 
 from .autoscaling import ROWS, with_policy
@@ -31,7 +31,7 @@ from .errors import first_line
 from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
 from .metrics import SamplerMetrics
 from .models import ModelCard
-from .remote_reward import Line, RemoteReward, RewardDownError
+from .remote_reward import Line, RemoteReward, RewardDownError, SumOfParts
 from .resolve import rows_of
 from .reward import BuiltRewards, canonical
 from .settings import RewardSettings, SamplerSettings
@@ -81,7 +81,7 @@ class RequestRewards:
         if len(parts) == 1 and weights == [1.0]:
             return next(iter(parts.values()))
         key = (tuple(id(part) for part in parts.values()), tuple(weights))
-        return self._kept(key, lambda: WeightedSum(rewards=list(parts.values()), weights=weights))
+        return self._kept(key, lambda: SumOfParts(rewards=list(parts.values()), weights=weights))
 
     def _part(self, model: str, choice: RewardChoice, params: str) -> Reward:
         if choice.name in self._lines:

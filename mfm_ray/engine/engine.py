@@ -307,7 +307,7 @@ class Engine:
         """
         lanes: dict[object, list[Unit]] = {}
         for job, image in units:
-            key = (job.lane_key(), image.particles.memory is None)
+            key = (job.lane_key, image.particles.memory is None)
             lanes.setdefault(key, []).append((job, image))
         groups = list(lanes.values())
         calls, shares, all_made = CallCounter(), list[float](), True

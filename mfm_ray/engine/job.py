@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -98,6 +99,7 @@ class JobInFlight:
         waiting = [image for image in self.images if not image.busy and image.step < self.job.num_steps]
         return sorted(waiting, key=lambda image: image.step)
 
+    @functools.cached_property
     def lane_key(self) -> Hashable:
         """Images of equal keys are moved by one method together.
 
