@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def client_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
     port, dashboard = free_port(), free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     env |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    # docs/serving.md, for a cluster of one's own: what Serve's proxies refuse has OpenAI's shape
+    env |= {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge:middlewares", "PYTHONPATH": str(ROOT)}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=120)
     # a port of its own for the agent as well: without one, a head beside another cluster cannot take jobs
     ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
@@ -107,6 +110,11 @@ def test_a_submitted_deployment_stays_up_after_its_job(
     asked = urllib.request.Request(f"{endpoint}/v1/images/generations", data=body, headers=headers)
     with urllib.request.urlopen(asked, timeout=60) as answer:
         assert json.load(answer)["data"][0]["rewards"]["symmetry"] <= 0
+    asked.add_header("x-request-timeout-seconds", "0.0001")
+    with pytest.raises(urllib.error.HTTPError) as late:
+        urllib.request.urlopen(asked, timeout=60)
+    with late.value as refusal:
+        assert (refusal.code, json.load(refusal)["error"]["code"]) == (504, "deadline_exceeded")
 
 
 def test_a_submitted_job_refuses_a_relative_storage_because_its_folder_is_temporary(

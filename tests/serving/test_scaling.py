@@ -55,7 +55,7 @@ def deploy(url: str, model: str) -> None:
     wait_until(lambda: serve.status().applications[APP].status == ApplicationStatus.RUNNING, "the application runs")
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 180) -> None:
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}; {serve.status()}"
