@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -24,6 +25,49 @@ class _Item:
     future: Future[tuple[np.ndarray, ...]] = field(default_factory=Future)
 
 
+class Backlog:
+    """Rows and calls that wait or are computed: now, and their mean over the time since the mean was last asked for.
+
+    A mean and not a look: calls of milliseconds would mostly be missed, and a busy reward be taken for an idle one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self.rows = self.calls = 0
+        self._row_seconds = self._call_seconds = 0.0
+        self._since = self._last = clock()
+
+    def begin(self, rows: int) -> None:
+        self._change(rows, 1)
+
+    def end(self, rows: int) -> None:
+        self._change(-rows, -1)
+
+    def means(self) -> tuple[float, float]:
+        """Rows and calls."""
+        with self._lock:
+            self._advance()
+            seconds = self._last - self._since
+            if seconds <= 0:
+                return float(self.rows), float(self.calls)
+            means = self._row_seconds / seconds, self._call_seconds / seconds
+            self._row_seconds = self._call_seconds = 0.0
+            self._since = self._last
+            return means
+
+    def _change(self, rows: int, calls: int) -> None:
+        with self._lock:
+            self._advance()
+            self.rows += rows
+            self.calls += calls
+
+    def _advance(self) -> None:
+        now = self._clock()
+        self._row_seconds += self.rows * (now - self._last)
+        self._call_seconds += self.calls * (now - self._last)
+        self._last = now
+
+
 class Batcher:
     """One thread that evaluates what has piled up since the last time, all rows of equal keys together.
 
@@ -35,6 +79,7 @@ class Batcher:
     def __init__(self, evaluate: Evaluate, *, max_rows: int, name: str) -> None:
         self._evaluate, self._max_rows = evaluate, max_rows
         self._items: deque[_Item] = deque()
+        self.backlog = Backlog()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"batcher-{name}", daemon=True)
@@ -52,6 +97,8 @@ class Batcher:
     def submit(self, key: Hashable, rows: np.ndarray) -> Future[tuple[np.ndarray, ...]]:
         """The future of evaluate(key, rows), or of the error that these rows cause."""
         item = _Item(key, rows)
+        self.backlog.begin(len(rows))
+        item.future.add_done_callback(lambda _: self.backlog.end(len(rows)))
         with self._changed:
             self._items.append(item)
             self._changed.notify()

@@ -66,7 +66,7 @@ def from_input_error(error: ValueError, *, within: str = "") -> ApiError:
     """
     from mfm_ray.errors import InputError
 
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    line = first_line(error)
     named = line.partition(":")[0].partition("=")[0].strip() if isinstance(error, InputError) else ""
     if within and not named.startswith(within):
         named, line = (f"{within}.{named}", f"{within}.{line}") if named else (within, f"{within}: {line}")
@@ -103,3 +103,7 @@ def deadline_passed(deadline_s: float) -> ApiError:
 
 def internal() -> ApiError:
     return ApiError(500, "internal error; the server's log has it under this x-request-id", code="internal", retry=True)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

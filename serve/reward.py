@@ -7,9 +7,11 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import serve
 
@@ -17,13 +19,19 @@ from mfm_ray.padding import padded_index
 from mfm_ray.steering import Reward, score
 from mfm_ray.steering.reward_gradient import evaluate, value_and_gradient
 
+from .autoscaling import CALLS, ROWS, with_policy
 from .batching import Batcher
 from .catalogue import RewardSource
+from .listener import Listener
 from .metrics import reward_seconds
 from .models import ModelCard
 from .settings import RewardSettings
+from .wire import Address
 
 VALUE, GRADIENT, SCORE = "value", "gradient", "score"
+DIRECT = {"value": VALUE, "value_and_gradient": GRADIENT}
+"""Methods that a sampler may call directly."""
+LOOPBACK = "127.0.0.1"
 
 
 def canonical(params: Mapping[str, Any]) -> str:
@@ -55,9 +63,22 @@ class RewardServer:
 
     def __init__(self, cards: Sequence[ModelCard], settings: RewardSettings) -> None:
         self.name = settings.name
+        self._listeners: dict[str, Listener] = {}
         self._rewards = BuiltRewards(cards, capacity=settings.rewards_in_memory)
         self._batcher = Batcher(self._evaluate, max_rows=settings.max_batch_rows, name=self.name)
         self._seconds = reward_seconds()
+
+    async def address(self, caller: str) -> Address:
+        """Where this replica listens for samplers on the node of this address.
+
+        A port on the network is opened only once a sampler on another node asks; those of this node use loopback.
+        """
+        own = ray.util.get_node_ip_address()
+        host = LOOPBACK if caller == own else own
+        if host not in self._listeners:
+            backlog = self._batcher.backlog
+            self._listeners[host] = Listener(host, self._direct, load=lambda: backlog.rows, name=self.name)
+        return self._listeners[host].address
 
     async def value(self, model: str, params: str, samples: np.ndarray) -> np.ndarray:
         """(N,) float32."""
@@ -76,6 +97,22 @@ class RewardServer:
     def check_health(self) -> None:
         if not self._batcher.healthy:
             raise RuntimeError(f"reward {self.name}: its thread is dead")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What waits and runs here, by whichever way it came; read by `autoscaling.LoadPolicy`."""
+        rows, calls = self._batcher.backlog.means()
+        return {ROWS: rows, CALLS: calls}
+
+    def __del__(self) -> None:
+        """Called by Serve once this replica has no calls through handles any more: direct ones are answered too."""
+        for listener in self._listeners.values():
+            listener.close()
+        self._batcher.close()
+
+    def _direct(self, method: str, model: str, params: str, samples: np.ndarray) -> Future[tuple[np.ndarray, ...]]:
+        if method not in DIRECT:
+            raise ValueError(f"method {method!r}: expected one of {', '.join(DIRECT)}")
+        return self._batcher.submit((DIRECT[method], model, params), samples)
 
     async def _answer(self, key: tuple[str, str, str], samples: np.ndarray) -> tuple[np.ndarray, ...]:
         return await asyncio.wrap_future(self._batcher.submit(key, samples))
@@ -114,4 +151,5 @@ def reward_deployment(cards: Sequence[ModelCard], settings: RewardSettings) -> s
     # a call a step of every request in flight: a line for each would cost more than the call
     quiet = {"enable_access_log": False}
     options: dict[str, Any] = {"name": f"reward_{settings.name}", "max_ongoing_requests": 64, "logging_config": quiet}
-    return serve.deployment(**options, **settings.options())(RewardServer).bind(list(cards), settings)
+    scaled = with_policy(settings.options(), settings.target_rows)
+    return serve.deployment(**options, **scaled)(RewardServer).bind(list(cards), settings)

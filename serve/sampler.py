@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,12 @@ from mfm_ray.rewards import RewardError
 from mfm_ray.steering import Reward, Steering, Unguided, score
 
 from .autoscaling import ROWS, with_policy
-from .generation import (
-    COMBINED,
-    Accepted,
-    Event,
-    Failed,
-    Finished,
-    Generation,
-    Preview,
-    Progress,
-    Refused,
-    RewardChoice,
-)
+from .direct import DirectPath
+from .errors import first_line
+from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
 from .metrics import SamplerMetrics
 from .models import ModelCard
-from .remote_reward import Line, RemoteReward, RewardDownError
+from .remote_reward import Line, RemoteReward, RewardDownError, SmallestPart, SumOfParts
 from .resolve import rows_of
 from .reward import BuiltRewards, canonical
 from .settings import RewardSettings, SamplerSettings
@@ -48,6 +40,10 @@ log = logging.getLogger(__name__)
 
 _JOBS = ("jobs_running", "jobs_waiting")
 _AFTER_DEADLINE_S = 1.0
+_COMBINED = {"sum": SumOfParts, "minimum": SmallestPart}
+"""As `generation.COMBINED`, remote parts being asked at the same time."""
+_OUTCOMES = ThreadPoolExecutor(1024, thread_name_prefix="outcome")
+"""Apart from asyncio's few threads: outcomes are scored, and a reward that hangs must not hold back the others."""
 
 
 class RequestRewards:
@@ -63,12 +59,7 @@ class RequestRewards:
         capacity: int = 256,
     ) -> None:
         self._settings = {reward.name: reward for reward in rewards}
-        self._lines = {
-            name: Line(
-                handle, name=name, timeout_s=self._settings[name].timeout_s, attempts=self._settings[name].attempts
-            )
-            for name, handle in handles.items()
-        }
+        self._lines = {name: _line_to(handle, self._settings[name]) for name, handle in handles.items()}
         self._built = BuiltRewards(cards, capacity=capacity)
         self._parts: OrderedDict[Any, Reward] = OrderedDict()
         self._capacity, self._lock = capacity, threading.RLock()
@@ -93,7 +84,7 @@ class RequestRewards:
         if len(parts) == 1 and weights == [1.0]:
             return next(iter(parts.values()))
         key = (generation.combine, tuple(id(part) for part in parts.values()), tuple(weights))
-        return self._kept(key, lambda: COMBINED[generation.combine](rewards=list(parts.values()), weights=weights))
+        return self._kept(key, lambda: _COMBINED[generation.combine](rewards=list(parts.values()), weights=weights))
 
     def _part(self, model: str, choice: RewardChoice, params: str) -> Reward:
         if choice.name in self._lines:
@@ -108,6 +99,13 @@ class RequestRewards:
                     self._parts.popitem(last=False)
             self._parts.move_to_end(key)
             return self._parts[key]
+
+
+def _line_to(handle: Any, reward: RewardSettings) -> Line:
+    direct = None
+    if reward.transport == "direct":
+        direct = DirectPath(handle, name=reward.name, timeout_s=reward.timeout_s)
+    return Line(handle, name=reward.name, timeout_s=reward.timeout_s, attempts=reward.attempts, direct=direct)
 
 
 class _Titled:
@@ -128,7 +126,13 @@ class LoadedModel:
         flow_map: FlowMap = load_flow_map(card.source).to(_device(settings))
         watch = functools.partial(_record, metrics, card.id)
         self.card = card
-        self.engine = Engine(flow_map, max_rows=settings.max_rows, waves=settings.waves or 1, watch=watch).start()
+        self.engine = Engine(
+            flow_map,
+            max_rows=settings.max_rows,
+            waves=settings.waves,
+            patience_s=settings.slow_reward_s,
+            watch=watch,
+        ).start()
         self._end = weakref.finalize(self, _close_elsewhere, self.engine)
 
 
@@ -162,8 +166,7 @@ class Sampler:
         max_rows_waiting: int,
     ) -> None:
         self._cards = {card.id: card for card in cards}
-        waves = settings.waves or (2 if handles else 1)
-        self._settings, self._max_rows_waiting = settings.model_copy(update={"waves": waves}), max_rows_waiting
+        self._settings, self._max_rows_waiting = settings, max_rows_waiting
         self._rows_arriving = 0  # of requests that are on their way into an engine
         self._metrics = SamplerMetrics()
         self._rewards = RequestRewards(cards, rewards, handles)
@@ -225,7 +228,7 @@ class Sampler:
         return {key: sum(load[key] for load in loads) for key in ("rows_running", "rows_waiting", *_JOBS)}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The true load, which requests of different sizes are not; read by `autoscaling.by_rows`."""
+        """The true load, which requests of different sizes are not; read by `autoscaling.LoadPolicy`."""
         self._report()
         load = self.load()
         return {ROWS: float(load["rows_waiting"] + load["rows_running"])}
@@ -304,17 +307,23 @@ class _Run:
             if time.monotonic() >= self._next_snapshot:
                 yield Progress(step, await asyncio.to_thread(lambda: self.ticket.snapshot().to_bytes()))
                 self._next_snapshot = time.monotonic() + self._every_s
-        yield await asyncio.to_thread(self._outcome)
+        yield await self._loop.run_in_executor(_OUTCOMES, self._outcome)
 
     def _outcome(self) -> Event:
         """The end of a request, with each reward's own value where there are several."""
         try:
             samples: Samples = self.ticket.future.result()
-            parts = {title: _scored(reward, samples.images).numpy() for title, reward in self.rewards.items()}
+            total = None if samples.rewards is None else samples.rewards.cpu().numpy()
+            parts = self._parts(samples.images, total)
         except Exception as error:
             return _failure(error, list(self.rewards))
-        total = None if samples.rewards is None else samples.rewards.cpu().numpy()
         return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls)
+
+    def _parts(self, images: torch.Tensor, total: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Each reward's own value; a single one of weight 1 is known already."""
+        if total is not None and [choice.weight for choice in self.generation.rewards] == [1.0]:
+            return {next(iter(self.rewards)): total}
+        return {title: _scored(reward, images).numpy() for title, reward in self.rewards.items()}
 
     def _on_step(self, done: int, of: int) -> None:
         """Called in the engine's thread; most steps are of interest to nobody."""
@@ -344,7 +353,7 @@ def _steering(generation: Generation, rewards: RequestRewards) -> Steering:
 
 def _failure(error: Exception, titles: Sequence[str]) -> Failed:
     """Whose fault it was that a request failed: a reward's by its title, the request's own, or nobody's yet."""
-    line = _line(error)
+    line = first_line(error)
     blamed = line.removeprefix("reward ").partition(":")[0] if line.startswith("reward ") else None
     reward = blamed if blamed in titles else None
     if isinstance(error, RewardDownError):
@@ -362,10 +371,6 @@ def _failure(error: Exception, titles: Sequence[str]) -> Failed:
 @torch.no_grad()
 def _scored(reward: Reward, images: torch.Tensor) -> torch.Tensor:
     return score(reward, images).cpu()
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _device(settings: SamplerSettings) -> str:

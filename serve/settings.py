@@ -56,7 +56,10 @@ class SamplerSettings(Replicas):
     max_rows: PositiveInt = Field(default=1024, description="rows of one network call")
     waves: PositiveInt | None = Field(
         default=None,
-        description="batches in flight, so that sampler and rewards overlap; null: 2, or 1 when no reward is remote",
+        description="batches in flight, so that sampler and rewards overlap; null: 1, and 2 while rewards take long",
+    )
+    slow_reward_s: PositiveFloat = Field(
+        default=0.5, description="seconds after which a step waits for a reward apart from requests that do not use it"
     )
     snapshot_every_s: PositiveFloat = Field(
         default=1.0, description="seconds between snapshots of a request, from which it goes on when its sampler dies"
@@ -78,6 +81,13 @@ class RewardSettings(Replicas):
         default=10.0, description="seconds for one call, after which it is repeated elsewhere"
     )
     attempts: PositiveInt = Field(default=3, description="calls, the first included, before the reward counts as down")
+    transport: Literal["direct", "serve"] = Field(
+        default="direct",
+        description="direct: samplers call replicas over TCP connections of their own; serve: through Serve's handle",
+    )
+    target_rows: PositiveInt = Field(
+        default=256, description="rows, waiting and running, that one replica is meant to have"
+    )
     max_batch_rows: PositiveInt = Field(default=512, description="rows of one evaluation, merged over callers")
     rewards_in_memory: PositiveInt = Field(default=64, description="rewards kept built, one for each set of parameters")
 

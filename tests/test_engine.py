@@ -1,6 +1,7 @@
 """The engine: whatever is in flight together, every image is the one that `mfm.sample` makes alone."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from mfm_ray.engine import Engine, EngineClosedError, Job, Pass, Snapshot
 from mfm_ray.engine.job import JobInFlight
 from mfm_ray.engine.rendezvous import Phase, Rendezvous
 from mfm_ray.engine.schedule import Schedule
+from mfm_ray.engine.waves import Waves
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
@@ -209,6 +211,74 @@ def test_a_reward_that_fails_fails_its_own_job_only(engine):
     assert_equal_to_the_bit(good.future.result(TIMEOUT), job("gradient", num_steps=12))
     assert engine.healthy
     assert engine.load() == {"rows_running": 0, "rows_waiting": 0, "jobs_running": 0, "jobs_waiting": 0}
+
+
+class Outside:
+    """A reward outside of this process, which answers once it is let go."""
+
+    def __init__(self, name: str, inner: Callable[[Tensor], Tensor] = corner) -> None:
+        self.name, self.waits_on, self._inner = name, frozenset({name}), inner
+        self.answers = threading.Event()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        assert self.answers.wait(TIMEOUT)
+        return self._inner(pixels)
+
+
+@pytest.mark.parametrize("waves", [None, 1])
+def test_a_reward_that_hangs_holds_back_only_the_requests_that_use_it(waves):
+    """Asked for in one pass; once the reward answers again its images are those it would have had alone."""
+    hangs, answers = Outside("hangs"), Outside("answers")
+    answers.answers.set()
+    both = WeightedSum(rewards=[hangs, answers], weights=[1.0, 2.0])
+    stuck = [
+        job("gradient", steering=GradientGuidance(reward, num_draws=2), num_steps=3, seed=seed)
+        for seed, reward in enumerate((hangs, both))
+    ]
+    moving = [
+        job("gradient", steering=GradientGuidance(answers, num_draws=2), num_steps=6),
+        job("gradient_free", num_steps=6),
+        job("none", num_steps=6),
+    ]
+    engine = Engine(NETWORK, waves=waves, patience_s=0.05)
+    tickets = [engine.submit(one) for one in [*stuck, *moving]]
+    engine.start()
+    for ticket, one in zip(tickets[len(stuck) :], moving, strict=True):
+        assert_equal_to_the_bit(ticket.future.result(TIMEOUT), one)
+    assert not any(ticket.future.done() for ticket in tickets[: len(stuck)])
+    late = engine.submit(moving[0])  # by now the slow ones are apart
+    assert_equal_to_the_bit(late.future.result(TIMEOUT), moving[0])
+    hangs.answers.set()
+    for ticket, one in zip(tickets, stuck, strict=False):
+        assert_equal_to_the_bit(ticket.future.result(TIMEOUT), one)
+    again = engine.submit(stuck[0])
+    assert_equal_to_the_bit(again.future.result(TIMEOUT), stuck[0])
+    assert engine.healthy
+    engine.close()
+
+
+def test_a_slow_reward_that_fails_in_the_end_fails_its_own_requests():
+    def down(pixels: Tensor) -> Tensor:
+        raise OSError("nobody answered")
+
+    hangs = Outside("hangs", down)
+    engine = Engine(NETWORK, waves=1, patience_s=0.05).start()
+    bad = engine.submit(job("gradient", steering=GradientGuidance(hangs, num_draws=2)))
+    good = engine.submit(job("gradient"))
+    assert_equal_to_the_bit(good.future.result(TIMEOUT), job("gradient"))
+    hangs.answers.set()
+    with pytest.raises(OSError, match="nobody answered"):
+        bad.future.result(TIMEOUT)
+    engine.close()
+
+
+def test_a_second_wave_begins_where_rewards_take_half_as_long_as_the_network():
+    waves = Waves(None)
+    assert (waves.now, waves.most) == (1, 2)
+    for network_s, rewards_s, expected in ((1.0, 0.1, 1), (1.0, 3.0, 2), (1.0, 1.0, 2), (30.0, 0.0, 1)):
+        waves.took(network_s, rewards_s)
+        assert waves.now == expected
+    assert (Waves(3).now, Waves(3).most) == (3, 3)
 
 
 def test_a_reward_that_fails_on_one_request_s_samples_spares_the_requests_it_is_shared_with():

@@ -6,8 +6,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from mfm_ray.dynamics import DYNAMICS
 from mfm_ray.engine.job import Finished, ImageInFlight, Job, JobInFlight, joined_particles, particles_of
-from mfm_ray.engine.merging import MergedNoise, Merger
+from mfm_ray.engine.merging import MergedNoise, Merger, StillWaitingError
 from mfm_ray.engine.rendezvous import MAX_LANES
 from mfm_ray.engine.schedule import Schedule
 from mfm_ray.engine.snapshot import Snapshot
+from mfm_ray.engine.waves import Waves
 from mfm_ray.flow_map import FlowMap, require_at_least_one
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.padding import PaddedFlowMap
@@ -26,6 +28,8 @@ from mfm_ray.samplers import finished_samples
 from mfm_ray.steering import CallCounter, SteeringContext, Step
 
 Unit = tuple[JobInFlight, ImageInFlight]
+_FINISHERS = 1024
+"""Threads that score finished images, made as they are needed: a reward that hangs must not hold back the others."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -81,8 +85,13 @@ class Engine:
         flow_map: in eval mode; never trained here.
         max_rows: of one network call, at least 1; an image that needs more goes alone.
         waves: passes in flight, each with its share of the images, so that one has the network while another waits for
-            rewards elsewhere. 1 where rewards are computed in this process.
+            rewards elsewhere. None: one, and a second one while rewards outside of this process take long enough for
+            that to pay.
+        patience_s: so long a pass waits for rewards outside of this process. A step that needs a slower one is made
+            again apart from the others, by a thread of that reward, until it answers in half the time.
         watch: called after every pass, in the engine's thread.
+
+    A reward tells by `waits_on`, names of what it waits for, that it is outside of this process.
     """
 
     def __init__(
@@ -90,22 +99,26 @@ class Engine:
         flow_map: FlowMap,
         *,
         max_rows: int = 1024,
-        waves: int = 2,
+        waves: int | None = None,
+        patience_s: float = 0.5,
         watch: Callable[[Pass], None] | None = None,
     ) -> None:
-        require_at_least_one(max_rows=max_rows, waves=waves)
-        self.flow_map, self.max_rows, self.waves = flow_map.requires_grad_(False).eval(), max_rows, waves
+        require_at_least_one(max_rows=max_rows, waves=waves or 1)
+        self.flow_map, self.max_rows, self.patience_s = flow_map.requires_grad_(False).eval(), max_rows, patience_s
+        self._waves = Waves(waves)
         self.failure: BaseException | None = None
         self._watch = watch
         self._network, self._changed = threading.Lock(), threading.Condition()
         self._schedule, self._tickets = Schedule(), dict[int, Ticket]()
         self._closed = False
         self._threads: list[threading.Thread] = []
-        self._finishers = ThreadPoolExecutor(waves, thread_name_prefix="finish")
+        self._apart: dict[frozenset[str], threading.Thread] = {}  # by what their jobs wait on
+        self._finishers = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="finish")
 
     def start(self) -> Engine:
         self._threads = [
-            threading.Thread(target=self._run, name=f"wave-{wave}", daemon=True) for wave in range(self.waves)
+            threading.Thread(target=self._run, args=(wave,), name=f"wave-{wave}", daemon=True)
+            for wave in range(self._waves.most)
         ]
         for thread in self._threads:
             thread.start()
@@ -116,6 +129,10 @@ class Engine:
         self._closed = True
         self.wake()
         for thread in self._threads:
+            thread.join()
+        with self._changed:
+            apart = list(self._apart.values())
+        for thread in apart:
             thread.join()
         self._finishers.shutdown(wait=True)
         self._abandon(EngineClosedError("the engine was closed"))
@@ -186,18 +203,32 @@ class Engine:
                 ).squeeze(1)
         return space.clamp(space.to_data_units(x))
 
-    def _run(self) -> None:
-        """A wave: passes until the engine is closed. What is not a reward's or a request's failure ends the engine."""
-        merger = Merger(self.flow_map, self._network)
+    def _run(self, wave: int) -> None:
+        """A wave: passes until the engine is closed."""
+        with self._merger(self.patience_s) as merger:
+            while (units := self._take(wave)) is not None:
+                network_s, rewards_s = merger.network_s, merger.rewards_s
+                self._pass(merger, units)
+                self._waves.took(merger.network_s - network_s, merger.rewards_s - rewards_s)
+
+    def _run_apart(self, rewards: frozenset[str]) -> None:
+        """Passes of the jobs that wait on slow rewards, until these are slow no more."""
+        with self._merger(None) as merger:
+            while (units := self._take_apart(rewards)) is not None:
+                rewards_s = merger.rewards_s
+                answered = self._pass(merger, units)
+                if answered and merger.rewards_s - rewards_s < self.patience_s / 2:
+                    with self._changed:
+                        del self._apart[rewards]
+                        self._changed.notify_all()
+                    return
+
+    @contextmanager
+    def _merger(self, patience_s: float | None) -> Iterator[Merger]:
+        """For one thread's passes. What is not a reward's or a request's failure ends the engine."""
+        merger = Merger(self.flow_map, self._network, patience_s=patience_s)
         try:
-            while (units := self._take()) is not None:
-                began = time.perf_counter()
-                calls, shares = self._advance(merger, units)
-                self._give_back(units)
-                if self._watch is not None:
-                    rows = sum(job.job.rows for job, _ in units)
-                    share = sum(shares) / len(shares) if shares else None
-                    self._watch(Pass(len(units), rows, time.perf_counter() - began, calls, share))
+            yield merger
         except BaseException as error:
             self.failure = error
             _LOG.exception("the engine died")
@@ -206,18 +237,57 @@ class Engine:
         finally:
             merger.close()
 
-    def _take(self) -> list[Unit] | None:
-        """Images of the next pass; None once the engine is closed or dead."""
+    def _pass(self, merger: Merger, units: list[Unit]) -> bool:
+        """One step of all units, unless a reward is still waited for or failed; whether none was or did."""
+        began = time.perf_counter()
+        calls, shares, answered = self._advance(merger, units)
+        self._give_back(units)
+        if self._watch is not None:
+            rows = sum(job.job.rows for job, _ in units)
+            share = sum(shares) / len(shares) if shares else None
+            self._watch(Pass(len(units), rows, time.perf_counter() - began, calls, share))
+        return answered
+
+    def _take(self, wave: int) -> list[Unit] | None:
+        """Images of a wave's next pass; None once the engine is closed or dead."""
         with self._changed:
-            while True:
-                self._drop_cancelled()
-                if self._closed or self.failure is not None:
-                    return None
+            while self._goes_on():
+                waves = self._waves.now
                 total = self._schedule.rows(begun=True) + self._schedule.rows(begun=False)
-                units = self._schedule.take(min(self.max_rows, max(1, math.ceil(total / self.waves))))
+                share = min(self.max_rows, max(1, math.ceil(total / waves)))
+                units = self._schedule.take(share, self._is_quick) if wave < waves else []
                 if units:
                     return units
                 self._changed.wait()
+            return None
+
+    def _take_apart(self, rewards: frozenset[str]) -> list[Unit] | None:
+        """The same for jobs that wait on slow rewards."""
+        with self._changed:
+            while self._goes_on():
+                units = self._schedule.take(self.max_rows, lambda job: rewards <= job.waits_on)
+                if units:
+                    return units
+                self._changed.wait()
+            return None
+
+    def _goes_on(self) -> bool:
+        self._drop_cancelled()
+        return not self._closed and self.failure is None
+
+    def _is_quick(self, job: JobInFlight) -> bool:
+        return not any(slow <= job.waits_on for slow in self._apart)
+
+    def _set_apart(self, rewards: frozenset[str]) -> None:
+        """Jobs that wait on all of these leave the waves. Which one of them is slow is not known."""
+        with self._changed:
+            if rewards in self._apart:
+                return
+            names = ", ".join(sorted(rewards))
+            _LOG.warning("reward %s: no answer within %g s, its requests go on apart", names, self.patience_s)
+            thread = threading.Thread(target=self._run_apart, args=(rewards,), name=f"apart-{names}", daemon=True)
+            self._apart[rewards] = thread
+            thread.start()
 
     def _drop_cancelled(self) -> None:
         for job in list(self._schedule.jobs):
@@ -230,26 +300,33 @@ class Engine:
         self._schedule.remove(job)
         del self._tickets[id(job)]
 
-    def _advance(self, merger: Merger, units: list[Unit]) -> tuple[CallCounter, list[float]]:
-        """One step of all units, lane by lane; calls made, and effective shares of draws."""
+    def _advance(self, merger: Merger, units: list[Unit]) -> tuple[CallCounter, list[float], bool]:
+        """One step of all units, lane by lane; calls made, effective shares of draws, and whether all steps were made.
+
+        A lane whose reward has not answered in time stays where it is: its step is a function of its state and keys.
+        """
         lanes: dict[object, list[Unit]] = {}
         for job, image in units:
-            key = (job.lane_key(), image.particles.memory is None)
+            key = (job.lane_key, image.particles.memory is None)
             lanes.setdefault(key, []).append((job, image))
         groups = list(lanes.values())
-        calls, shares = CallCounter(), list[float]()
+        calls, shares, all_made = CallCounter(), list[float](), True
         for first in range(0, len(groups), MAX_LANES):
             some = groups[first : first + MAX_LANES]
             steps = merger.lanes.run([_Lane(merger, group) for group in some])
             for group, outcome in zip(some, steps, strict=True):
                 if isinstance(outcome, Exception):
-                    self._fail_all(group, outcome)
+                    all_made = False
+                    if isinstance(outcome, StillWaitingError):
+                        self._set_apart(outcome.rewards)
+                    else:
+                        self._fail_all(group, outcome)
                     continue
                 made, step = outcome
                 _add(calls, made, 1, 1)
                 shares += _share(step, group[0][0].job)
                 self._store(group, made, step)
-        return calls, shares
+        return calls, shares, all_made
 
     def _store(self, units: list[Unit], made: CallCounter, step: Step) -> None:
         with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -78,6 +79,7 @@ class JobInFlight:
         start = starting_particles(self.keys, event_shape)
         self.images = [ImageInFlight(i, 0, particles_of(start, i)) for i in range(job.num_images)]
         self.calls = CallCounter()
+        self.waits_on = waits_on(job.steering.scored_by)
         self.served = 0.0
         self.begun = self.cancelled = False
 
@@ -97,6 +99,7 @@ class JobInFlight:
         waiting = [image for image in self.images if not image.busy and image.step < self.job.num_steps]
         return sorted(waiting, key=lambda image: image.step)
 
+    @functools.cached_property
     def lane_key(self) -> Hashable:
         """Images of equal keys are moved by one method together.
 
@@ -114,6 +117,11 @@ class JobInFlight:
         """Diagnostics (num_steps, num_images) by name."""
         names = self.images[0].trace
         return {name: torch.stack([torch.cat(image.trace[name]) for image in self.images], dim=1) for name in names}
+
+
+def waits_on(reward: object) -> frozenset[str]:
+    """What a reward waits for outside of this process, by name: its attribute `waits_on`, nothing where it has none."""
+    return frozenset(getattr(reward, "waits_on", ()))
 
 
 def particles_of(particles: Particles, image: int) -> Particles:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfm_ray.engine.job import waits_on
 from mfm_ray.engine.rendezvous import Call, Handler, Phase, Rendezvous
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.noise import KeyedNoise
@@ -19,7 +22,16 @@ from mfm_ray.steering import Reward, Steering
 from mfm_ray.steering.reward_gradient import evaluate
 from mfm_ray.steering.scoring import name_of
 
-_REWARDS_AT_ONCE = 8
+_REWARDS_AT_ONCE = 64
+"""Threads that score: one for each reward of a pass, and those that still wait for a reward that a pass left."""
+
+
+class StillWaitingError(Exception):
+    """The rewards that a step needs have not answered in time; the step can be made again."""
+
+    def __init__(self, rewards: frozenset[str]) -> None:
+        super().__init__(f"no answer yet of {', '.join(sorted(rewards))}")
+        self.rewards = rewards
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,15 @@ class GradientCall:
 class Merger:
     """A rendezvous around one flow map, and the stand-ins that lanes are given.
 
-    network: held during network calls, so that several mergers share a device.
+    network: held during network calls, so that several mergers share a device. patience_s: so long rewards outside of
+    this process are waited for; lanes then get a `StillWaitingError`. None waits for ever.
+
+    network_s, rewards_s: seconds in calls of the network, and in waiting for rewards outside, until now.
     """
 
-    def __init__(self, flow_map: FlowMap, network: threading.Lock) -> None:
-        self._network, self._inner = network, PaddedFlowMap(flow_map)
+    def __init__(self, flow_map: FlowMap, network: threading.Lock, *, patience_s: float | None = None) -> None:
+        self._network, self._inner, self._patience_s = network, PaddedFlowMap(flow_map), patience_s
+        self.network_s = self.rewards_s = 0.0
         self._scorers = ThreadPoolExecutor(_REWARDS_AT_ONCE, thread_name_prefix="reward")
         handlers: dict[Phase, Handler] = {
             Phase.NOISE: _normals,
@@ -90,7 +106,7 @@ class Merger:
     def _velocities(self, calls: Sequence[Call]) -> None:
         for group in grouped(calls, lambda asked: (asked.differentiable, asked.label is None, asked.cfg_scale is None)):
             asked: list[VelocityCall] = [call.payload for call in group]
-            with self._network, torch.set_grad_enabled(asked[0].differentiable):
+            with self._on_network(), torch.set_grad_enabled(asked[0].differentiable):
                 velocities = self._inner.velocity(
                     _joined(call.x_s for call in asked),
                     _joined(call.s for call in asked),
@@ -104,16 +120,38 @@ class Merger:
                 call.result = part
 
     def _rewards(self, calls: Sequence[Call]) -> None:
+        """Rewards side by side; those outside of this process for as long as patience lasts."""
         groups = grouped(calls, lambda asked: (id(asked.reward), asked.differentiable))
-        if len(groups) == 1:
+        outside = [waits_on(group[0].payload.reward) for group in groups]
+        if len(groups) == 1 and not outside[0]:
             return _score_together(groups[0])
-        for done in [self._scorers.submit(_score_together, group) for group in groups]:
-            done.result()
+        began = time.perf_counter()
+        # on copies: a call that is left may be answered when its lane is gone
+        asked = [[replace(call) for call in group] for group in groups]
+        futures = [self._scorers.submit(_score_together, copies) for copies in asked]
+        for group, copies, names, future in zip(groups, asked, outside, futures, strict=True):
+            left = None if self._patience_s is None else max(0.0, began + self._patience_s - time.perf_counter())
+            if not wait([future], timeout=left if names else None).done:
+                for call in group:
+                    call.error = StillWaitingError(names)
+                continue
+            future.result()
+            for call, copy in zip(group, copies, strict=True):
+                call.result, call.error = copy.result, copy.error
+        if any(outside):
+            self.rewards_s += time.perf_counter() - began
         return None
+
+    @contextmanager
+    def _on_network(self) -> Iterator[None]:
+        with self._network:
+            began = time.perf_counter()
+            yield
+            self.network_s += time.perf_counter() - began
 
     def _gradients(self, calls: Sequence[Call]) -> None:
         asked: list[GradientCall] = [call.payload for call in calls]
-        with self._network:
+        with self._on_network():
             gradients = torch.autograd.grad([call.total for call in asked], [call.x for call in asked])
         for call, gradient in zip(calls, gradients, strict=True):
             call.result = gradient

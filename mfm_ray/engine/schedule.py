@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mfm_ray.engine.job import ImageInFlight, JobInFlight
 
@@ -31,9 +31,14 @@ class Schedule:
         if not any(other.job.key == job.job.key for other in self.jobs):
             del self._served[job.job.key]
 
-    def take(self, max_rows: int) -> list[tuple[JobInFlight, ImageInFlight]]:
-        """Images for one pass, marked busy: as many as fit into max_rows, one at least where any is ready."""
-        ready = {id(job): job.ready() for job in self.jobs}
+    def take(
+        self, max_rows: int, among: Callable[[JobInFlight], bool] = lambda job: True
+    ) -> list[tuple[JobInFlight, ImageInFlight]]:
+        """Images for one pass, marked busy: as many as fit into max_rows, one at least where any is ready.
+
+        among: whether a job may be taken now.
+        """
+        ready = {id(job): job.ready() if among(job) else [] for job in self.jobs}
         taken: list[tuple[JobInFlight, ImageInFlight]] = []
         rows = 0
         while (job := self._next(ready)) is not None:

@@ -47,6 +47,11 @@ class Combination(nn.Module, ABC):
         # those that are modules move with .to(device)
         self.modules_among_rewards = nn.ModuleList(r for r in rewards if isinstance(r, nn.Module))
 
+    @property
+    def waits_on(self) -> frozenset[str]:
+        """Names of what the parts wait for outside of this process (`mfm_ray.engine`)."""
+        return frozenset().union(*(getattr(reward, "waits_on", ()) for reward in self.rewards.values()))
+
     @classmethod
     def require_weight(cls, weight: object, *, of: str = "") -> None:
         """InputError for what cannot be a weight here; `of` names its reward."""
@@ -61,14 +66,17 @@ class Combination(nn.Module, ABC):
     def breakdown(self, samples: Tensor) -> dict[str, Tensor]:
         """Each reward's own value, (N,) float32 by name, before its weight. RewardError naming one that misbehaves."""
         values = {
-            name: check_rewards(evaluate(reward, samples), name, num_samples=len(samples))
-            for name, reward in self.rewards.items()
+            name: check_rewards(part, name, num_samples=len(samples)) for name, part in self.evaluated(samples).items()
         }
         if samples.requires_grad and torch.is_grad_enabled() and any(part.requires_grad for part in values.values()):
             for name, part in values.items():
                 if not part.requires_grad:
                     raise RewardError(f"reward {name}: has no gradient, unlike the other parts of {self.name}")
         return values
+
+    def evaluated(self, samples: Tensor) -> dict[str, Tensor]:
+        """What each reward returns, by name, unchecked."""
+        return {name: evaluate(reward, samples) for name, reward in self.rewards.items()}
 
     def total(self, breakdown: dict[str, Tensor]) -> Tensor:
         """The combined reward of a breakdown, (N,), without scoring again."""

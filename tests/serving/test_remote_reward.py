@@ -1,6 +1,7 @@
 """A reward behind a handle: the same numbers as in this process, and what becomes of its failures."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mfm_ray.rewards import RewardError, WeightedSum
 from mfm_ray.steering.reward_gradient import evaluate
 from serve import remote_reward
 from serve.catalogue import RewardSource, defaults
-from serve.remote_reward import Line, RemoteReward, RewardDownError
+from serve.remote_reward import Line, RemoteReward, RewardDownError, SumOfParts
 from serve.reward import RewardServer, canonical
 from serve.settings import RewardSettings
 
@@ -81,6 +82,29 @@ def test_a_sum_of_remote_and_local_rewards_equals_a_local_sum(card):
         values = WeightedSum(rewards=[first, local[1]], weights=[0.7, -1.3])(inner)
         results.append((values.detach(), torch.autograd.grad(values.logsumexp(0), inner)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_remote_parts_of_a_sum_are_asked_at_the_same_time(card):
+    """Each answers only once the other is being asked too."""
+    meet = threading.Barrier(2, timeout=30)
+
+    class Meeting(FakeHandle):
+        def remote(self, *arguments):
+            meet.wait()
+            return super().remote(*arguments)
+
+    names, source = ("symmetry", "brightness"), RewardSource(card)
+    far = [remote(card, name, handle=Meeting(RewardServer([card], RewardSettings(name=name)))) for name in names]
+    local = [source.build(name, defaults(name, card)) for name in names]
+    x, results = torch.rand(4, 1, 8, 8), []
+    for total in (WeightedSum(rewards=local, weights=[0.7, -1.3]), SumOfParts(rewards=far, weights=[0.7, -1.3])):
+        inner = x.clone().requires_grad_()
+        values = total(inner)
+        with torch.no_grad():
+            assert torch.equal(total(x), values)
+        results.append((values.detach(), torch.autograd.grad(values.logsumexp(0), inner)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert SumOfParts(rewards=far).waits_on == set(names)
 
 
 @pytest.mark.parametrize("error", [ray.exceptions.ActorDiedError(), ray.exceptions.GetTimeoutError(), TimeoutError()])

@@ -1,6 +1,8 @@
 """The sampler's own side, without a cluster: rewards of equal wishes, failures by name, and its health."""
 
 import asyncio
+import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -137,3 +139,43 @@ def test_no_image_is_made_half_by_one_checkpoint_and_half_by_another(sampler, ge
     of_another = replace(wish, source="a/checkpoint/that/is/being/replaced")
     made, whole = (generated(sampler, *asked)[-1] for asked in ((of_another, b"no snapshot"), (wish,)))
     assert torch.equal(torch.tensor(made.images), torch.tensor(whole.images))
+
+
+class HangingHandle:
+    """A deployment that takes calls and answers none until it is let go; then each is lost."""
+
+    def __init__(self):
+        self.asked, self.let_go = threading.Event(), threading.Event()
+
+    def options(self, **_):
+        return self
+
+    def remote(self, *arguments):
+        self.asked.set()
+        return self
+
+    def result(self, timeout_s):
+        assert self.let_go.wait(60)
+        raise TimeoutError
+
+    def cancel(self):
+        pass
+
+
+def test_requests_go_on_and_end_while_the_reward_of_others_hangs(card, generation):
+    handle = HangingHandle()
+    rewards = [RewardSettings(name="symmetry", transport="serve", attempts=1), COLOCATED[1]]
+    settings = SamplerSettings(device="cpu", slow_reward_s=0.05)
+    sampler = Sampler([card], settings, rewards, {"symmetry": handle}, max_rows_waiting=100)
+    ended = Future()
+    stuck = threading.Thread(target=lambda: ended.set_result(collect(sampler, generation())), daemon=True)
+    stuck.start()
+    assert handle.asked.wait(30)
+    for _ in range(2):
+        assert isinstance(collect(sampler, generation([{"name": "brightness"}]))[-1], Finished)
+    assert not ended.done()
+    handle.let_go.set()
+    (failed,) = ended.result(60)
+    assert (failed.kind, failed.reward) == ("reward_down", "symmetry")
+    for model in list(sampler._live):
+        model.engine.close()

@@ -27,6 +27,7 @@ from mfm_ray.config import load_config
 from mfm_ray.storage import Storage
 from serve.app import build_app
 from serve.catalogue import RewardSource, defaults
+from serve.direct import DirectPath
 from serve.generation import Failed, Finished
 from serve.models import ModelCard
 from serve.pictures import decode_png, encode_png
@@ -42,6 +43,7 @@ APP, KEY = "mfm-tests", "key-of-the-tests"
 SMALL = {"ray_actor_options": {"num_cpus": 0.1}, "health_check_period_s": 1, "graceful_shutdown_timeout_s": 2}
 SYMMETRY = {"rewards": [{"name": "symmetry"}], "num_steps": 8}
 BOTH = {"rewards": [{"name": "symmetry", "weight": 0.7}, {"name": "brightness", "weight": -0.2}], "num_steps": 6}
+IMPATIENT = {"downscale_delay_s": 1, "look_back_period_s": 3, "metrics_interval_s": 1}
 ENDLESS = {"rewards": [{"name": "symmetry"}], "num_steps": 1000, "num_draws": 16}
 ROWS_OF_ENDLESS = 16 * 16
 """Of 16 images."""
@@ -101,6 +103,7 @@ def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest
                     "timeout_s": 0.2,
                     "attempts": 2,
                 },
+                {"name": "class_mixture", **SMALL, "autoscaling_config": {**never, **IMPATIENT}, "timeout_s": 60},
             ],
         }
     )
@@ -122,7 +125,7 @@ def as_served(images: torch.Tensor) -> list[str]:
 def local_images(served: Served, *, n: int = 1, seed: int, steering: dict[str, Any], model: str = "tiny") -> Any:
     """What the library makes of a request, in this process."""
     card = ModelCard(model, served.models[model], (1, 8, 8), "digits", 10, tuple("0123456789"), (), True, 196)
-    resolver = Resolver({model: card}, ["symmetry", "brightness", "class_probability"], Limits())
+    resolver = Resolver({model: card}, ["symmetry", "brightness", "class_probability", "class_mixture"], Limits())
     request = {"n": n, "seed": seed, "steering": steering}
     generation = resolver.generation(GenerationRequest.model_validate(request))
     source = RewardSource(card)
@@ -160,10 +163,17 @@ def test_a_remote_and_a_colocated_reward_together_are_the_weighted_sum(served: S
     assert 0.7 * named["symmetry"] - 0.2 * named["brightness"] == pytest.approx(answer["data"][0]["reward"], rel=1e-5)
 
 
-def test_steering_by_a_reward_in_another_process_changes_no_bit(served: Served) -> None:
+@pytest.mark.parametrize("transport", ["serve", "direct"])
+def test_steering_by_a_reward_in_another_process_changes_no_bit(served: Served, transport: str) -> None:
     source = RewardSource(ModelCard("tiny", served.models["tiny"], (1, 8, 8), "digits", 10, (), (), True, 0))
     params = defaults("symmetry", source.card)
-    line = Line(serve.get_deployment_handle("reward_symmetry", APP), name="symmetry", timeout_s=60, attempts=3)
+    handle = serve.get_deployment_handle("reward_symmetry", APP)
+    if transport == "serve":
+        line = Line(handle, name="symmetry", timeout_s=60, attempts=3)
+    else:  # a line without a handle: nothing else can answer
+        path = DirectPath(handle, name="symmetry", timeout_s=60)
+        path.refresh()
+        line = Line(None, name="symmetry", timeout_s=60, attempts=1, direct=path)
     far = RemoteReward(line, name="symmetry", model="tiny", params=canonical(params))
     flow_map = mfm.load_flow_map(served.models["tiny"])
     local, remote = (
@@ -172,6 +182,8 @@ def test_steering_by_a_reward_in_another_process_changes_no_bit(served: Served) 
     )
     assert torch.equal(local.images, remote.images)
     assert torch.equal(local.rewards, remote.rewards)
+    if transport == "direct":
+        path.close()
 
 
 def test_images_do_not_depend_on_what_else_is_in_flight(served: Served) -> None:
@@ -514,6 +526,30 @@ def test_a_dead_endpoint_is_503_in_openais_shape_and_an_event_in_a_stream(served
     assert '"code": "endpoint_down"' in stream.text.split("event: error\ndata: ")[1]
     wait_for(served, running=False)
     assert served.generate(seed=1)["data"]  # the next request waits for a new replica
+
+
+def replicas(deployment: str) -> int:
+    states = serve.status().applications[APP].deployments[deployment].replica_states
+    return sum(count for state, count in states.items() if state == "RUNNING")
+
+
+@pytest.mark.slow
+def test_a_reward_comes_up_from_zero_stays_while_it_is_asked_directly_and_goes_again(served: Served) -> None:
+    """Serve does not see direct calls: what keeps the replica is the backlog that it reports itself."""
+    wish = {"seed": 5, "steering": {"rewards": [{"name": "class_mixture"}], "num_steps": 20}}
+    expected = as_served(local_images(served, **wish).images)
+    for _ in range(2):
+        end, counts = time.monotonic() + 20, list[int]()
+        assert [image["b64_json"] for image in served.generate(**wish)["data"]] == expected
+        while time.monotonic() < end:
+            counts.append(replicas("reward_class_mixture"))
+            assert [image["b64_json"] for image in served.generate(**wish)["data"]] == expected
+        assert counts
+        assert set(counts) == {1}
+        end = time.monotonic() + 120
+        while replicas("reward_class_mixture") > 0:
+            assert time.monotonic() < end
+            time.sleep(0.5)
 
 
 def test_the_sampler_streams_full_precision(served: Served) -> None:
