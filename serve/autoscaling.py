@@ -17,8 +17,8 @@ class LoadPolicy:
     """Replicas for which each one would have `target` of what it reports; a request that no replica has taken counts as
     one replica.
 
-    of: `rows` or `calls`, waiting and running. Delays, and the bounds of min_replicas and max_replicas, are applied by
-    Serve.
+    of: `rows` or `calls` (of a sampler: requests), waiting and running. Delays, and the bounds of min_replicas and
+    max_replicas, are applied by Serve.
     """
 
     def __init__(self, target: float, of: str = ROWS) -> None:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 _REFRESH_S = 5.0
 """So long are addresses believed while calls go on; replicas that are new are used after it at the latest."""
 _RETRY_S = 0.5
+_SHUN_S = 30.0
+"""So long a replica is not called directly after a connection to it broke or a call to it timed out."""
 _CONNECT_S = 1.0
 
 
@@ -55,6 +57,7 @@ class DirectPath:
     def __init__(self, handle: Any, *, name: str, timeout_s: float) -> None:
         self.name, self._handle, self._timeout_s = name, handle, timeout_s
         self._replicas: dict[Address, _Replica] = {}
+        self._shunned: dict[Address, float] = {}
         self._lock = threading.Lock()
         self._refreshing, self._refresh_at = False, 0.0
 
@@ -78,16 +81,18 @@ class DirectPath:
             told = self._handle.broadcast("address", ray.util.get_node_ip_address()).results(
                 timeout_s=_REFRESH_S, return_exceptions=True
             )
-            addresses = {address for address in told if isinstance(address, Address)}
-        except Exception as error:  # no replica runs, or Serve does not answer: the handle's calls will say so
+        except Exception as error:  # no replica runs, or Serve does not answer: calls will find out which
             log.debug("reward %s: no addresses: %r", self.name, error)
-            addresses = set()
+            told = list(self._replicas)
         with self._lock:
+            now = time.monotonic()
+            self._shunned = {address: until for address, until in self._shunned.items() if until > now}
+            addresses = {one for one in told if isinstance(one, Address)} - self._shunned.keys()
             gone = [self._replicas.pop(known) for known in list(self._replicas) if known not in addresses]
             for address in addresses - self._replicas.keys():
                 self._replicas[address] = _Replica(address)
             self._refreshing = False
-            self._refresh_at = time.monotonic() + (_REFRESH_S if self._replicas else _RETRY_S)
+            self._refresh_at = now + (_REFRESH_S if self._replicas else _RETRY_S)
         for replica in gone:
             self._close(replica)
 
@@ -152,8 +157,9 @@ class DirectPath:
         connection.close()
 
     def _leave(self, replica: _Replica) -> None:
-        """Not asked again before it has told its address again."""
+        """Not called for a while, however often it tells its address."""
         with self._lock:
+            self._shunned[replica.address] = time.monotonic() + _SHUN_S
             if self._replicas.get(replica.address) is replica:
                 del self._replicas[replica.address]
                 self._refresh_at = min(self._refresh_at, time.monotonic() + _RETRY_S)

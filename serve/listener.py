@@ -37,7 +37,8 @@ class Listener:
 
     def __init__(self, host: str, ask: Ask, *, load: Callable[[], int], name: str) -> None:
         self._ask, self._load, self._name = ask, load, name
-        self._socket = socket.create_server((host, 0), backlog=128)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family, backlog=128)
         self.address = Address(host, self._socket.getsockname()[1], secrets.token_bytes(KEY_BYTES))
         self._open: dict[Connection, threading.Thread] = {}
         self._changed, self._closed = threading.Lock(), False

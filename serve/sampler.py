@@ -25,7 +25,7 @@ from mfm_ray.pretrained import load_flow_map
 from mfm_ray.rewards import RewardError
 from mfm_ray.steering import Reward, Steering, Unguided, score
 
-from .autoscaling import ROWS, with_policy
+from .autoscaling import CALLS, ROWS, with_policy
 from .direct import DirectPath
 from .errors import first_line
 from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
@@ -231,7 +231,10 @@ class Sampler:
         """The true load, which requests of different sizes are not; read by `autoscaling.LoadPolicy`."""
         self._report()
         load = self.load()
-        return {ROWS: float(load["rows_waiting"] + load["rows_running"])}
+        return {
+            ROWS: float(load["rows_waiting"] + load["rows_running"]),
+            CALLS: float(load["jobs_waiting"] + load["jobs_running"]),
+        }
 
     def _report(self) -> None:
         for model in list(self._live):

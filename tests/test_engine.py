@@ -1,6 +1,7 @@
 """The engine: whatever is in flight together, every image is the one that `mfm.sample` makes alone."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -254,6 +255,24 @@ def test_a_reward_that_hangs_holds_back_only_the_requests_that_use_it(waves):
     again = engine.submit(stuck[0])
     assert_equal_to_the_bit(again.future.result(TIMEOUT), stuck[0])
     assert engine.healthy
+    engine.close()
+
+
+def test_with_a_second_wave_that_comes_and_goes_images_are_the_same():
+    def slow(pixels: Tensor) -> Tensor:
+        time.sleep(0.02)  # far more than this network takes
+        return corner(pixels)
+
+    outside = Outside("slow", slow)
+    outside.answers.set()
+    asked = [
+        job("gradient", steering=GradientGuidance(reward, num_draws=2), num_images=3, num_steps=steps)
+        for reward, steps in ((outside, 6), (brightness, 30))
+    ]
+    engine = Engine(NETWORK).start()
+    tickets = [engine.submit(one) for one in asked]
+    for ticket, one in zip(tickets, asked, strict=True):
+        assert_equal_to_the_bit(ticket.future.result(TIMEOUT), one)
     engine.close()
 
 

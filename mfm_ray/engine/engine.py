@@ -253,13 +253,18 @@ class Engine:
         with self._changed:
             while self._goes_on():
                 waves = self._waves.now
-                total = self._schedule.rows(begun=True) + self._schedule.rows(begun=False)
-                share = min(self.max_rows, max(1, math.ceil(total / waves)))
-                units = self._schedule.take(share, self._is_quick) if wave < waves else []
+                units = self._schedule.take(self._share_of(waves), self._is_quick) if wave < waves else []
                 if units:
                     return units
                 self._changed.wait()
             return None
+
+    def _share_of(self, waves: int) -> int:
+        """Rows of one of so many waves."""
+        if waves == 1:
+            return self.max_rows
+        total = self._schedule.rows(begun=True) + self._schedule.rows(begun=False)
+        return min(self.max_rows, max(1, math.ceil(total / waves)))
 
     def _take_apart(self, rewards: frozenset[str]) -> list[Unit] | None:
         """The same for jobs that wait on slow rewards."""

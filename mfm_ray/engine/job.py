@@ -40,7 +40,7 @@ class Job:
         require_at_least_one(num_images=self.num_images, num_steps=self.num_steps)
         require(self.dynamics in DYNAMICS, "dynamics", repr(self.dynamics), f"one of {', '.join(DYNAMICS)}")
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """The most network rows of one image in one call."""
         return self.steering.num_particles * most_draws(getattr(self.steering, "num_draws", 1))

@@ -80,6 +80,8 @@ def test_an_argument_that_nothing_reads_is_refused_by_name(tmp_path):
         read_deployment(None, args={"model": "x", "sampler": {"max_row": 3}})
     with pytest.raises(InputError, match="config=.*cannot be read"):
         read_deployment(str(tmp_path / "none.yaml"), args={})
+    with pytest.raises(InputError, match="^rewards.0.transport: .*'direct' or 'serve'"):
+        read_deployment(None, args={"model": "x", "rewards": [{"name": "symmetry", "transport": "udp"}]})
     file = tmp_path / "other.yaml"
     file.write_text("applications: [{import_path: 'x:y'}]")
     with pytest.raises(InputError, match="import_path serve.app:build_app"):

@@ -6,6 +6,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -139,6 +140,12 @@ def test_what_the_reward_refuses_is_its_error_and_not_repeated():
     assert (gate.count, handle.calls) == (1, 0)
 
 
+def test_large_arrays_arrive_whole_however_they_are_cut():
+    samples = np.random.default_rng(0).standard_normal((16, 3, 256, 256), dtype=np.float32)
+    handle = Replicas(Gate().listen())
+    assert np.array_equal(handle.path().call("value", "m", "{}", samples)[0], samples)
+
+
 def test_connections_are_kept_and_not_shared_by_calls_at_the_same_time(monkeypatch):
     made = []
     monkeypatch.setattr(direct, "connect", lambda *args, **kwargs: made.append(1) or connect(*args, **kwargs))
@@ -153,7 +160,7 @@ def test_connections_are_kept_and_not_shared_by_calls_at_the_same_time(monkeypat
         target = lambda n=number, a=answer: a.set_result(path.call("value", "m", "{}", SAMPLES + n)[0])  # noqa: E731
         threading.Thread(target=target, daemon=True).start()
     while gate.count < 6:
-        pass
+        time.sleep(0.01)
     gate.open.set()
     for number, answer in enumerate(answers):
         assert np.array_equal(answer.result(30), SAMPLES + number)
@@ -187,8 +194,21 @@ def test_a_replica_that_dies_in_the_middle_of_a_call_is_replaced_by_the_handle()
     assert np.array_equal(answer.result(30)[0], 2 * SAMPLES)
     assert handle.calls == 1
     line.call("value", "m", "{}", SAMPLES)
-    assert (gate.count, handle.calls) == (1, 2)  # it has not told its address again, so it is not asked again
+    handle.listeners.append(own)
+    line._direct.refresh()
+    line.call("value", "m", "{}", SAMPLES)
+    assert (gate.count, handle.calls) == (1, 3)  # for a while it is not asked, though it tells its address
     gate.open.set()
+
+
+def test_replicas_stay_known_while_serve_does_not_answer():
+    gate = Gate()
+    handle = Replicas(gate.listen())
+    path = handle.path()
+    handle.broadcast = None
+    path.refresh()
+    path.call("value", "m", "{}", SAMPLES)
+    assert gate.count == 1
 
 
 def test_a_replica_that_ends_answers_what_has_arrived_and_the_handle_the_rest():

@@ -76,7 +76,7 @@ def sampler(card):
 def test_a_dead_engine_fails_the_health_check(sampler):
     sampler.check_health()
     assert asyncio.run(sampler.ready())
-    assert sampler.record_autoscaling_stats() == {"rows": 0.0}
+    assert sampler.record_autoscaling_stats() == {"rows": 0.0, "calls": 0.0}
     next(iter(sampler._live)).engine.failure = RuntimeError("gone")
     with pytest.raises(RuntimeError, match="engine of tiny is dead"):
         sampler.check_health()
