@@ -208,6 +208,8 @@ class FinetuningWork(Work):
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """The mean square of the weights as what it says: (sum w)^2 / (B sum w^2), over the steps of the line."""
         means = dict(means)
+        if self._method.on_policy and self._method.anchors_are_data:
+            means.pop("reward.anchors", None)  # such anchors are not scored
         square = means.pop("weights.square", None)
         if square is not None:
             means["weights.effective_share"] = means["weights.mean"] ** 2 / square if square > 0 else 0.0
