@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +92,3 @@ class TuningMethod(ABC):
         noise: of B rows, of this step. drift: the tuned one, for methods that are `on_policy`. ValueError naming the
         reward for values that are not finite.
         """
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments, JSON-able."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}

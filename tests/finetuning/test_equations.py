@@ -219,7 +219,8 @@ def test_a_reward_that_is_not_finite_is_named():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_compared_form_can_be_built(form):
-    assert build_method(FORMS[form]).config().items() >= {k: v for k, v in FORMS[form].items() if k != "name"}.items()
+    arguments = {name: value for name, value in FORMS[form].items() if name != "name"}
+    assert vars(build_method(FORMS[form])).items() >= arguments.items()
 
 
 @pytest.mark.parametrize(
