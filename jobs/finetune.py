@@ -23,11 +23,16 @@ MakeReward = Callable[[], Any]
 
 def check(config: FinetuneConfig) -> None:
     """What can be known before a cluster is there: model, reward, method and data fit each other, the batch divides."""
-    import torch
-
     from mfm_ray.training.finetune_launch import check_finetuning
 
     check_finetuning(config)
+    check_parts(config)
+
+
+def check_parts(config: FinetuneConfig) -> None:
+    """The part of `check` that looks into the model: reward, judges and guidance scale are ones that it takes."""
+    import torch
+
     if config.scaling.use_gpu and not may_join() and not torch.cuda.is_available():
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
     bench = Workbench(config.model)

@@ -1,4 +1,5 @@
-"""The side of `jobs.tune` that trains: every trial is a run of `jobs.train`, its settings a difference from it."""
+"""The side of `jobs.tune` that trains: every trial is a run of `jobs.train` or `jobs.finetune`, its settings a
+difference from it."""
 
 import dataclasses
 import os
@@ -8,13 +9,14 @@ from typing import Any
 
 from jobs.cluster import num_gpus, ray_cluster
 from jobs.contract import JobRun, Outcome
-from jobs.recipe import prepared_data
 from jobs.run_folder import RunFolder
 from jobs.sample_pool import room_for
 from jobs.sample_shards import checksum, refuse_other_settings
 from jobs.sweep_outcome import finish_sweep
-from jobs.train import check_settings, data_of
-from mfm_ray.config import TrainConfig, TrainSweepConfig, to_dict
+from jobs.swept_finetune import SweptFinetune
+from jobs.swept_train import SweptTrain
+from jobs.swept_training import Prepared, SweptTraining
+from mfm_ray.config import TrainingSweepConfig, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.settings import from_dict, nearest
 from mfm_ray.storage import Storage
@@ -25,18 +27,16 @@ _UNDECIDED = ("name", "storage", "resume", "overwrite", "models_to_keep", "concu
 _UNDECIDED_SCALING = ("start_timeout_s", "max_failures", "resources_per_worker")
 
 
-def check(config: TrainSweepConfig) -> None:
+def check(config: TrainingSweepConfig) -> None:
     """Every trial could be trained, and an earlier call of this name had the same settings."""
     if config.checkpoint_every > config.max_steps:
         raise InputError(
             f"checkpoint_every={config.checkpoint_every}: trials are measured at their checkpoints; expected at most "
             f"max_steps={config.max_steps}"
         )
-    plan = sweep_plan(config)
-    plan.scheduling.check(plan.race)
-    space, num_classes = data_of(config)
-    for settings in trial_settings(config).values():
-        check_settings(from_dict(TrainConfig, settings), space, num_classes)
+    scheduling, race = _race(config)
+    scheduling.check(race)
+    _swept(config).check(config, _typed_trials(config))
     _check_objectives(config)
     if config.resume:
         run = RunFolder("tune", config).storage
@@ -48,56 +48,42 @@ def body(run: JobRun) -> Outcome:
     from mfm_ray.tuning.training_sweep import kept_trials, known_records
 
     began = time.monotonic()
-    config: TrainSweepConfig = run.config
+    config: TrainingSweepConfig = run.config
     plan = sweep_plan(config)
     run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
     known = known_records(run.storage, plan) if config.resume else {}
     if config.resume:
         ended = sum(record.is_final for record in known.values())
         run.log(f"{ended} of {len(plan.points)} trials are there already, {len(known) - ended} were begun")
-    data = prepared_data(config, run)
-    _check_on(data, config)
-    judge = _judge_of(config, data, run)
-    records = _run_missing(run, plan, known, data, judge)
-    models = {index: _write_model(run, index, judge) for index in kept_trials(records, plan)}
+    prepared = _swept(config).prepare(run, _typed_trials(config))
+    records = _run_missing(run, plan, known, prepared)
+    models = {index: _write_model(run, index, prepared.judge) for index in kept_trials(records, plan)}
     settings = {index: _as_trained(run, index, value) for index, value in trial_settings(config).items()}
     outcome = finish_sweep(run, settings, records, began=began, models=models)
     best = next(iter(models.values()))
     return dataclasses.replace(outcome, artifacts={"model": best, **outcome.artifacts})
 
 
-def _check_on(data: Storage, config: TrainSweepConfig) -> None:
-    """What only the prepared data show of the trials' settings: images to jitter, a teacher of the same data."""
-    from mfm_ray.data.shards import read_manifest
-    from mfm_ray.training.launch import check_images
-    from mfm_ray.training.teacher import check_teacher
-
-    manifest = read_manifest(data)
-    for settings in trial_settings(config).values():
-        trial = from_dict(TrainConfig, settings)
-        check_images(trial, manifest)
-        check_teacher(trial.objective, manifest)
+def _swept(config: TrainingSweepConfig) -> SweptTraining[Any]:
+    return SWEPT[config.job]
 
 
-def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], data: Storage, judge: Any) -> dict[int, Any]:
+def _typed_trials(config: TrainingSweepConfig) -> list[Any]:
+    return [from_dict(_swept(config).root, settings) for settings in trial_settings(config).values()]
+
+
+def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], prepared: Prepared) -> dict[int, Any]:
     from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_resources
-    from mfm_ray.tuning.training_quality import HeldOutQuality
     from mfm_ray.tuning.training_sweep import run_training_sweep
     from mfm_ray.tuning.training_trial import TrainingSpec
 
-    config: TrainSweepConfig = run.config
-    # the sweep measures with one judge of its own, and gives it to the models that stay
-    own = {"data": {"name": config.data.name, "path": data.uri}, "classifier_steps": 0, "storage": run.storage.uri}
+    config: TrainingSweepConfig = run.config
+    own = {**prepared.own, "storage": run.storage.uri}
     spec = TrainingSpec(
         settings={index: {**settings, **own} for index, settings in trial_settings(config).items()},
         run=run.storage,
-        measure=HeldOutQuality(
-            data=data,
-            num_rows=config.heldout.num_rows,
-            num_draws=config.heldout.num_draws,
-            seed=config.seed,
-            classifier=None if judge is None else judge.classifier,
-        ),
+        measure=prepared.measure,
+        train=prepared.train,
     )
     if all(index in known and known[index].is_final for index in range(len(plan.points))):
         return run_training_sweep(plan, spec, known, concurrent=1, max_failures=0, log=run.log)
@@ -116,48 +102,57 @@ def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], data: Storage
         )
 
 
-def sweep_plan(config: TrainSweepConfig) -> Any:
+def sweep_plan(config: TrainingSweepConfig) -> Any:
     """Points in their order, what stops trials, and the hash of what decides them."""
-    from mfm_ray.tuning.scheduling import Race, build_scheduling
-    from mfm_ray.tuning.space import parse_space, plan_points
+    from mfm_ray.tuning.space import plan_points
     from mfm_ray.tuning.training_sweep import TrainingPlan
 
-    if not config.objectives:
-        raise InputError("objectives: empty; expected figures of a model such as {posterior_score: min, seconds: min}")
-    space = parse_space(config.space)
-    metric, mode = next(iter(config.objectives.items()))
+    scheduling, race = _race(config)
     return TrainingPlan(
-        points=plan_points(space, num_trials=config.num_trials, seed=config.seed),
+        points=plan_points(race.space, num_trials=config.num_trials, seed=config.seed),
         decided_by=checksum(sweep_settings(config)),
-        race=Race(metric=metric, mode=mode, max_steps=config.max_steps, every=config.checkpoint_every, space=space),
-        scheduling=build_scheduling(config.scheduler),
+        race=race,
+        scheduling=scheduling,
         models_to_keep=config.models_to_keep,
     )
 
 
-def trial_settings(config: TrainSweepConfig) -> dict[int, dict[str, Any]]:
-    """The plain configuration of `jobs.train` of every trial, by index. InputError naming the key that is wrong."""
+def _race(config: TrainingSweepConfig) -> tuple[Any, Any]:
+    """What stops or perturbs trials, and what it is told of the sweep."""
+    from mfm_ray.tuning.scheduling import Race, build_scheduling
+    from mfm_ray.tuning.space import parse_space
+
+    if not config.objectives:
+        raise InputError("objectives: empty; expected figures of a model such as {seconds: min}")
+    metric, mode = next(iter(config.objectives.items()))
+    space = parse_space(config.space)
+    race = Race(metric=metric, mode=mode, max_steps=config.max_steps, every=config.checkpoint_every, space=space)
+    return build_scheduling(config.scheduler), race
+
+
+def trial_settings(config: TrainingSweepConfig) -> dict[int, dict[str, Any]]:
+    """The plain configuration of the swept job of every trial, by index. InputError naming the key that is wrong."""
     from mfm_ray.tuning.space import parse_space, plan_points
     from mfm_ray.tuning.training_space import training_settings
 
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    common = {key: value for key, value in to_dict(config).items() if key in names}
+    swept = _swept(config)
+    names = {field.name for field in dataclasses.fields(swept.root)}
+    common = swept.common({key: value for key, value in to_dict(config).items() if key in names})
     common |= {"resume": False, "overwrite": False}
     points = plan_points(parse_space(config.space), num_trials=config.num_trials, seed=config.seed)
-    return {index: training_settings(common, point) for index, point in enumerate(points)}
+    return {index: training_settings(common, point, swept.sweepable()) for index, point in enumerate(points)}
 
 
-def sweep_settings(config: TrainSweepConfig) -> dict[str, Any]:
+def sweep_settings(config: TrainingSweepConfig) -> dict[str, Any]:
     """Everything that the table of the sweep depends on."""
     values = {key: value for key, value in to_dict(config).items() if key not in (*_UNDECIDED, "objectives")}
     values["scaling"] = {key: value for key, value in values["scaling"].items() if key not in _UNDECIDED_SCALING}
+    values |= _swept(config).decisive(config)
     return {**values, "objective_of_the_sweep": list(next(iter(config.objectives.items())))}
 
 
-def _check_objectives(config: TrainSweepConfig) -> None:
-    from mfm_ray.tuning.training_quality import figures_of
-
-    known = figures_of(config.data.name, has_classifier=config.classifier_steps > 0)
+def _check_objectives(config: TrainingSweepConfig) -> None:
+    known = _swept(config).figures(config)
     for name in config.objectives:
         if name not in known:
             close = nearest(name, known)
@@ -165,15 +160,6 @@ def _check_objectives(config: TrainSweepConfig) -> None:
             if name == "loss":
                 hint = "; losses of different objectives cannot be compared"
             raise InputError(f"objectives.{name}: expected figures of {', '.join(known)}{hint}")
-
-
-def _judge_of(config: TrainSweepConfig, data: Storage, run: JobRun) -> Any:
-    """The classifier of the training data, one for the whole sweep; None where the recipe wants none."""
-    from mfm_ray.training.final_model import train_judge
-
-    if config.classifier_steps:
-        run.log(f"training the classifier of {config.data.name}")
-    return train_judge(config, data)
 
 
 def _write_model(run: JobRun, index: int, judge: Any) -> str:
@@ -198,3 +184,7 @@ def _as_trained(run: JobRun, index: int, settings: Mapping[str, Any]) -> dict[st
 
 def _earlier_sweep(run: Storage) -> dict[str, Any] | None:
     return run.read_json(SWEEP) if run.is_file(SWEEP) else None
+
+
+SWEPT: dict[str, SweptTraining[Any]] = {"train": SweptTrain(), "finetune": SweptFinetune()}
+"""By the job that is swept."""

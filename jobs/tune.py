@@ -1,9 +1,10 @@
-"""A sweep over the settings of `jobs.sample` or `jobs.train`, down to a Pareto front and presets: docs/sweeps.md.
+"""A sweep over settings of `jobs.sample`, `jobs.train` or `jobs.finetune`, to a front and presets: docs/sweeps.md.
 
 python -m jobs.tune sweep=guidance_scale model=runs/digits/model
 python -m jobs.tune sweep=methods model=runs/digits/model reward=brightness num_samples=256 prune_after=32
 python -m jobs.tune sweep=methods model=runs/digits/model resume=true
 python -m jobs.tune sweep=training experiment=digits num_trials=8 max_steps=1000 checkpoint_every=250
+python -m jobs.tune sweep=finetune model=runs/digits/model reward=brightness
 ray job submit --working-dir . -- python -m jobs.tune sweep=methods model=/shared/model storage=/shared/runs
 """
 
@@ -261,7 +262,7 @@ def _earlier_sweep(run: Storage) -> dict[str, Any] | None:
 
 _JOBS: dict[str, tuple[Callable[[Any], None], Callable[[JobRun], Outcome]]] = {
     "sample": (check_sampling, sweep_sampling),
-    "train": (training_sweep.check, training_sweep.body),
+    **dict.fromkeys(training_sweep.SWEPT, (training_sweep.check, training_sweep.body)),
 }
 """Check and body by the job that is swept."""
 

@@ -139,7 +139,10 @@ class FinetuneConfig(TrainingConfig):
     """Root of `jobs.finetune`. Its plain form (`to_dict`) is what workers get and every checkpoint carries."""
 
     model: str | None = setting("model directory that is tuned: folder or URI")
-    preset: str | None = setting("named recipe of the tuning", choices=("paper",))
+    preset: str | None = setting(
+        "named recipe of the tuning, or a trial of a sweep: FILE/presets.yaml#low, FILE/results.parquet#12",
+        choices=("paper",),
+    )
     reward: dict[str, Any] = setting("reward by name, with its constructor's arguments")
     reward_app: str | None = setting("application of Ray Serve in the same cluster that answers; null: the workers do")
     reward_model: str | None = setting("id of the model there whose rewards are asked; null: that of `model`'s folder")
@@ -212,7 +215,9 @@ class SampleConfig(JobConfig):
 class SweepConfig:
     """What every sweep takes beside the keys of the job that it sweeps, which are what all trials have in common."""
 
-    job: str = setting("job whose settings are tried; the sweep file says which", choices=("sample", "train"))
+    job: str = setting(
+        "job whose settings are tried; the sweep file says which", choices=("sample", "train", "finetune")
+    )
     sweep: str = setting("question asked: a file of tune_configs/")
     space: dict[str, Any] = setting(
         "values to try by key of the swept job: {grid|choice|uniform|loguniform|integers: []}"
@@ -247,13 +252,24 @@ class HeldOutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSweepConfig(TrainConfig, SweepConfig):
-    """Root of `jobs.tune` over `jobs.train`. `scaling` is of one trial, `checkpoint_every` also when it is measured."""
+class TrainingSweepConfig(TrainingConfig, SweepConfig):
+    """What every sweep over trainings takes. `scaling` is of one trial, `checkpoint_every` also when it is measured."""
 
     scheduler: dict[str, Any] = setting("what stops or perturbs trials, by name, with its settings")
-    heldout: HeldOutConfig = setting("measurement of a trial at each of its checkpoints")
     concurrent_trials: int | None = setting("trials at once; null: as many as the cluster has room for", minimum=1)
     models_to_keep: int = setting("best trials whose checkpoints and model stay", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSweepConfig(TrainConfig, TrainingSweepConfig):
+    """Root of `jobs.tune` over `jobs.train`."""
+
+    heldout: HeldOutConfig = setting("measurement of a trial at each of its checkpoints")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSweepConfig(FinetuneConfig, TrainingSweepConfig):
+    """Root of `jobs.tune` over `jobs.finetune`. `evaluate_samples`, `evaluate_steps` and `judges` measure trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +311,11 @@ ROOTS: dict[str, type[JobConfig]] = {
     "deploy": DeployConfig,
 }
 
-SWEPT_JOBS: dict[str, type[JobConfig]] = {"sample": TuneConfig, "train": TrainSweepConfig}
+SWEPT_JOBS: dict[str, type[JobConfig]] = {
+    "sample": TuneConfig,
+    "train": TrainSweepConfig,
+    "finetune": FinetuneSweepConfig,
+}
 """Root of `jobs.tune` by the job that a sweep is over; `conf/job/<name>.yaml` has its defaults."""
 
 FINETUNE_PRESETS: dict[str, list[str]] = {

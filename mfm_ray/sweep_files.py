@@ -1,4 +1,4 @@
-"""Trials of a finished sweep, read back: the words of `jobs.sample` by a preset's name or a row's number."""
+"""Trials of a finished sweep, read back: the words of the swept job by a preset's name or a row's number."""
 
 from __future__ import annotations
 

@@ -62,6 +62,62 @@ class EvaluationPlan:
     best_metric: str | None
 
 
+class SampleScores:
+    """Scores plain samples of tuned models, the same noise for all of them."""
+
+    def __init__(self, plan: EvaluationPlan) -> None:
+        self._plan = plan
+        self._reward = plan.make_reward()
+        self._judge = load_classifier(plan.base) if plan.base.is_file(CLASSIFIER_CONFIG) else None
+        self._data = None if plan.data is None else load_split(plan.data, "train").data
+
+    def of(self, flow_map: TunedFlowMap) -> dict[str, float]:
+        """Figures by name; those that are means with their standard error as `<name>_error`."""
+        plan, space, device = self._plan, flow_map.space, next(flow_map.parameters()).device
+        classes = flow_map.num_classes
+        label = torch.arange(plan.num_samples, device=device) % classes if plan.labelled and classes else None
+        drawn = sample(
+            flow_map,
+            num_samples=plan.num_samples,
+            num_steps=plan.num_steps,
+            seed=plan.seed,
+            label=label,
+            cfg_scale=plan.cfg_scale,
+        ).images
+        images = drawn.cpu()
+        figures = _scores("reward", score(_on(self._reward, device), drawn))
+        for name, judge in plan.judges.items():
+            figures |= _scores(f"judge.{name}", score(_on(judge, device), drawn))
+        figures["diversity"] = mean_pairwise_distance(images)
+        if self._judge is not None:
+            figures |= _scores("class_confidence", class_confidence(class_probabilities(self._judge, images)))
+        if self._data is not None:
+            rows = space.clamp(self._data[: plan.num_samples]) if self._data.shape[1:] == images.shape[1:] else None
+            if rows is not None:
+                figures["frechet_distance"] = frechet_distance(self._features(images), self._features(rows))
+        figures["drift_change"] = self._drift_change(flow_map, space.to_model_space(drawn), label)
+        return figures
+
+    def _features(self, images: Tensor) -> Tensor:
+        return images.flatten(1) if self._judge is None else classifier_features(self._judge, images)
+
+    @torch.no_grad()
+    def _drift_change(self, flow_map: TunedFlowMap, x1: Tensor, label: Tensor | None) -> float:
+        """Mean squared difference of tuned and frozen drift, a dimension, at states around the samples."""
+        noise = KeyedNoise.for_images(self._plan.seed, len(x1), device=x1.device)
+        t = 0.01 + 0.98 * noise.fold_in(Stream.TIME).uniform()
+        x_t = LinearInterpolant().sample(noise.fold_in(Stream.OUTER).normal(*x1.shape[1:]), x1, t).x_t
+        ours, theirs = (
+            each.drift(x_t, t, label=label, cfg_scale=self._plan.cfg_scale) for each in (flow_map.tuned, flow_map.base)
+        )
+        return float((ours - theirs).square().mean())
+
+
+def _on(reward: Any, device: torch.device) -> Reward:
+    """The reward where the samples are. In a training worker it may be the very object that is tuned towards."""
+    return reward.to(device) if hasattr(reward, "to") else reward
+
+
 class Evaluator:
     """Draws and scores; keeps the best weights below the run's folder."""
 
@@ -69,9 +125,7 @@ class Evaluator:
         torch.set_num_threads(max(1, int(plan.num_cpus)))
         self._plan = plan
         self._base = load_flow_map(plan.base)
-        self._reward = plan.make_reward()
-        self._judge = load_classifier(plan.base) if plan.base.is_file(CLASSIFIER_CONFIG) else None
-        self._data = None if plan.data is None else load_split(plan.data, "train").data
+        self._scores = SampleScores(plan)
         best = plan.run.child(BEST)
         self._best = best.read_json(BEST_FIGURES) if best.is_file(BEST_FIGURES) else None
 
@@ -83,7 +137,7 @@ class Evaluator:
         tuned = copy_of(self._base)
         if weights is not None:
             tuned.load_state_dict(weights)
-        figures = {"step": float(step), **self._figures(tuned.eval().requires_grad_(False))}
+        figures = {"step": float(step), **self._scores.of(TunedFlowMap(self._base, tuned.eval().requires_grad_(False)))}
         self._keep_if_best(figures, tuned)
         return figures
 
@@ -92,45 +146,6 @@ class Evaluator:
         if self._best is not None and self._best["step"] > step:
             self._plan.run.delete(BEST)
             self._best = None
-
-    def _figures(self, tuned: FlowMap) -> dict[str, float]:
-        plan, space = self._plan, self._base.space
-        classes = self._base.num_classes
-        label = torch.arange(plan.num_samples) % classes if plan.labelled and classes else None
-        images = sample(
-            TunedFlowMap(self._base, tuned),
-            num_samples=plan.num_samples,
-            num_steps=plan.num_steps,
-            seed=plan.seed,
-            label=label,
-            cfg_scale=plan.cfg_scale,
-        ).images
-        figures = _scores("reward", score(self._reward, images))
-        for name, judge in plan.judges.items():
-            figures |= _scores(f"judge.{name}", score(judge, images))
-        figures["diversity"] = mean_pairwise_distance(images)
-        if self._judge is not None:
-            figures["class_confidence"] = float(class_confidence(class_probabilities(self._judge, images)).mean())
-        if self._data is not None:
-            rows = space.clamp(self._data[: plan.num_samples]) if self._data.shape[1:] == images.shape[1:] else None
-            if rows is not None:
-                figures["frechet_distance"] = frechet_distance(self._features(images), self._features(rows))
-        figures["drift_change"] = self._drift_change(tuned, space.to_model_space(images), label)
-        return figures
-
-    def _features(self, images: Tensor) -> Tensor:
-        return images.flatten(1) if self._judge is None else classifier_features(self._judge, images)
-
-    @torch.no_grad()
-    def _drift_change(self, tuned: FlowMap, x1: Tensor, label: Tensor | None) -> float:
-        """Mean squared difference of tuned and frozen drift, a dimension, at states around the samples."""
-        noise = KeyedNoise.for_images(self._plan.seed, len(x1))
-        t = 0.01 + 0.98 * noise.fold_in(Stream.TIME).uniform()
-        x_t = LinearInterpolant().sample(noise.fold_in(Stream.OUTER).normal(*x1.shape[1:]), x1, t).x_t
-        ours, theirs = (
-            flow_map.drift(x_t, t, label=label, cfg_scale=self._plan.cfg_scale) for flow_map in (tuned, self._base)
-        )
-        return float((ours - theirs).square().mean())
 
     def _keep_if_best(self, figures: dict[str, float], tuned: FlowMap) -> None:
         metric = self._plan.best_metric

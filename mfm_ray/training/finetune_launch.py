@@ -25,6 +25,7 @@ from mfm_ray.training.evaluation import EvaluationPlan, start_evaluator
 from mfm_ray.training.final_model import export_checkpoint, newest_picture
 from mfm_ray.training.finetuning import Finetuning, MakeReward
 from mfm_ray.training.launch import (
+    Additions,
     Log,
     TrainingResult,
     artifacts_of,
@@ -126,16 +127,19 @@ def run_finetuning(
     judges: Mapping[str, Reward],
     resume: bool,
     log: Log,
+    additions: Additions | None = None,
 ) -> TrainingResult:
     """Tune the model that `config` (the plain form of FinetuneConfig) names below `storage`, the run's folder.
 
-    Ray must be running. InputError for what the user can mend, TrainingError when training failed.
+    additions: of a sweep's trial. Ray must be running. InputError for what the user can mend, TrainingError when
+    training failed.
     """
     typed = from_dict(FinetuneConfig, config)
     check_finetuning(typed)
     base = Storage(str(typed.model))
     sha256 = weights_sha256(base)
     data = None if typed.data.from_model else data_of(typed, base, storage, log)
+    added = additions or Additions()
     plan = Plan(
         config={**config, "model": base.uri},
         data=data,
@@ -143,11 +147,21 @@ def run_finetuning(
         model=tuned_config(typed, read_model_config(base), base_sha256=sha256),
         cuda=uses_gpu(typed),
         task=Finetuning(base=base, base_sha256=sha256, make_reward=make_reward),
+        measure=added.measure,
+        start_from=added.start_from,
     )
     data_sha256 = sha256 if data is None else read_manifest(data).sha256
     with evaluator(typed, plan, judges, make_reward) as actor:
         plan = replace(plan, evaluator=actor)
-        found = train_to_the_end(plan, typed, data_sha256=data_sha256, resume=resume, log=log)
+        found = train_to_the_end(
+            plan,
+            typed,
+            data_sha256=data_sha256,
+            resume=resume,
+            log=log,
+            callbacks=added.callbacks,
+            shows_progress=added.shows_progress,
+        )
     if found.state.figures.get("evaluation.hacked"):
         log(f"ended at step {found.state.step} of {typed.max_steps}: a judge falls while the reward rises")
     if typed.best_metric is not None:
@@ -170,20 +184,7 @@ def evaluator(
         yield None
         return
     actor = start_evaluator(
-        EvaluationPlan(
-            base=Storage(plan.config["model"]),
-            run=plan.run,
-            data=plan.data,
-            make_reward=make_reward,
-            judges=judges,
-            num_samples=config.evaluate_samples,
-            num_steps=config.evaluate_steps,
-            cfg_scale=config.cfg_scale,
-            labelled=config.label_dropout == 0,
-            seed=config.seed,
-            num_cpus=config.evaluate_cpus,
-            best_metric=config.best_metric,
-        )
+        evaluation_plan(config, run=plan.run, data=plan.data, judges=judges, make_reward=make_reward)
     )
     try:
         ready, _ = ray.wait([actor.ready.remote()], timeout=config.scaling.start_timeout_s)
@@ -196,6 +197,31 @@ def evaluator(
         yield actor
     finally:
         ray.kill(actor)
+
+
+def evaluation_plan(
+    config: FinetuneConfig,
+    *,
+    run: Storage,
+    data: Storage | None,
+    judges: Mapping[str, Reward],
+    make_reward: MakeReward,
+) -> EvaluationPlan:
+    """What a fine-tuning is evaluated by, in the words of its configuration."""
+    return EvaluationPlan(
+        base=Storage(str(config.model)),
+        run=run,
+        data=data,
+        make_reward=make_reward,
+        judges=judges,
+        num_samples=config.evaluate_samples,
+        num_steps=config.evaluate_steps,
+        cfg_scale=config.cfg_scale,
+        labelled=config.label_dropout == 0,
+        seed=config.seed,
+        num_cpus=config.evaluate_cpus,
+        best_metric=config.best_metric,
+    )
 
 
 def data_of(config: FinetuneConfig, base: Storage, storage: Storage, log: Log) -> Storage:

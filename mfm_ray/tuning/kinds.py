@@ -8,7 +8,7 @@ from typing import Any
 
 from mfm_ray.config import JobConfig
 from mfm_ray.storage import Storage
-from mfm_ray.tuning.training_space import train_words
+from mfm_ray.tuning.training_space import finetune_words, train_words
 from mfm_ray.tuning.trial import FIDELITY, picture_name
 from mfm_ray.tuning.words import sample_words
 
@@ -87,6 +87,24 @@ SWEPT: dict[str, SweptJob] = {
         measured_by=lambda config: {"num_rows": config.heldout.num_rows, "num_draws": config.heldout.num_draws},
         picture=_grid,
         paragraph="Samples of the averaged model by one and by four steps, the same noise in every row.",
+        has_curves=True,
+    ),
+    "finetune": SweptJob(
+        fidelity="step",
+        total="steps",
+        cost="seconds",
+        unit="seconds of training",
+        hidden=("step", "loss", "learning_rate"),
+        words=finetune_words,
+        model=lambda config: [f"model={config.model}"],
+        about=lambda config, count: (
+            f"{count} tunings of up to {config.max_steps} steps of one model towards {config.reward['name']}, each "
+            f"measured every {config.checkpoint_every} steps on {config.evaluate_samples} plain samples from the same "
+            f"noise (seed {config.seed})."
+        ),
+        measured_by=lambda config: {"num_samples": config.evaluate_samples, "num_steps": config.evaluate_steps},
+        picture=_grid,
+        paragraph="Samples before and after tuning, the same noise in every row.",
         has_curves=True,
     ),
 }

@@ -29,6 +29,8 @@ _LABELS = {
     "posterior_error": "posterior error (sliced W2)",
     "sample_distance": "distance to held-out data (sliced W2)",
     "frechet": "Fréchet distance",
+    "frechet_distance": "Fréchet distance to training data",
+    "drift_change": "change of the drift",
 }
 
 

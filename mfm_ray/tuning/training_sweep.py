@@ -19,6 +19,7 @@ from ray import tune
 from mfm_ray.environment import environment_defaults
 from mfm_ray.storage import Storage
 from mfm_ray.training.launch import CHECKPOINTS
+from mfm_ray.tuning.front import HALF_WIDTH
 from mfm_ray.tuning.scheduling import Race, Scheduling
 from mfm_ray.tuning.space import Point
 from mfm_ray.tuning.sweep import TUNE, TUNE_ENVIRONMENT, TrialRecord, read_record, record_name, why_lost
@@ -43,9 +44,10 @@ MODEL = "model"
 _HISTORY = (CHECKPOINTS, MODEL, INHERITED)  # what goes when a trial is not among the best
 # a trial only waits for its workers, which have resources of their own; Tune wants some resource above 0
 _TRIAL_RESOURCES = {"CPU": 0.0, "memory": float(1 << 20)}
-# of what a training reports: the held-out figures by the beginning of their names, and these
-_MEASURED = ("posterior_", "sample_", "confidence", "frechet")
-_TOLD = (STEP, "seconds", "loss", "learning_rate")
+# of what a training reports: the measured figures by the beginning of their names, and these
+_MEASURED = ("posterior_", "sample_", "confidence", "frechet", "judge.", "diversity", "drift_change")
+# a fine-tuning's own `reward`, of its rows, gives way to the measured one; its `reward.anchors` is none of a model
+_TOLD = (STEP, "seconds", "loss", "learning_rate", "reward", "reward" + HALF_WIDTH)
 
 
 @dataclass(frozen=True, kw_only=True)

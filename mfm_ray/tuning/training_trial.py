@@ -1,9 +1,9 @@
-"""One trial of a sweep over `jobs.train`: a run of Ray Train with workers of its own, and what it reports to Ray Tune.
+"""One trial of a sweep over trainings: a run of Ray Train with workers of its own, and what it reports to Ray Tune.
 
 A trainer of Ray Train cannot be given to Ray Tune; the trial is an actor of Tune that runs the very `run_training` of
-`jobs.train` in a thread. Every checkpoint of that run brings the figures of the averaged model on held-out data, which
-Train's controller hands to the trial through an actor. Where a checkpoint is, there can a trial be stopped, go on after
-a kill, or be taken over by another one (population based training).
+`jobs.train`, or `run_finetuning` of `jobs.finetune`, in a thread. Every checkpoint of that run brings what was measured
+on the averaged model, which Train's controller hands to the trial through an actor. Where a checkpoint is, there can a
+trial be stopped, go on after a kill, or be taken over by another one (population based training).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,15 @@ _COPIES = 5  # tries to copy a checkpoint while its run goes on and may delete i
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """What all trials share. settings: the plain configuration of `jobs.train` by trial; run: the sweep's folder;
-    measure: of the averaged model at each checkpoint; mailbox: handle of the `Mailbox` of all trials; reported: by
-    trial, the last step that an earlier call knows of.
+    """What all trials share. settings: the plain configuration of the swept job by trial; run: the sweep's folder;
+    measure: of the averaged model at each checkpoint; train: the swept job's own training, called as `run_training`;
+    mailbox: handle of the `Mailbox` of all trials; reported: by trial, the last step that an earlier call knows of.
     """
 
     settings: Mapping[int, Mapping[str, Any]]
     run: Storage
     measure: Measure
+    train: Callable[..., TrainingResult] = run_training
     mailbox: Any = None
     reported: Mapping[int, int] = field(default_factory=dict)
 
@@ -133,15 +134,15 @@ class _Attempt:
             callbacks=[TellTrial(self._mailbox, self._address)],
             shows_progress=False,
         )
-        arguments = (settings, folder, True, _say_nothing)
+        named = {"resume": True, "log": _say_nothing, "additions": additions}
         self._thread = threading.Thread(
-            target=self._train, args=arguments, kwargs={"additions": additions}, daemon=True
+            target=self._train, args=(spec.train, settings, folder), kwargs=named, daemon=True
         )
         self._thread.start()
 
-    def _train(self, *arguments: Any, **named: Any) -> None:
+    def _train(self, train: Callable[..., TrainingResult], *arguments: Any, **named: Any) -> None:
         try:
-            self._result = run_training(*arguments, **named)
+            self._result = train(*arguments, **named)
         except Exception as error:  # raised again in the trial's own thread
             self._error = error
 
