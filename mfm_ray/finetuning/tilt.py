@@ -13,7 +13,7 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.noise import KeyedNoise, Noise
 from mfm_ray.steering import CallCounter, Reward, SteeringContext, draw_and_score
 from mfm_ray.steering.method import gradient_of
-from mfm_ray.steering.scoring import score_states
+from mfm_ray.steering.scoring import name_of, score_states
 
 Coefficients = Callable[[Tensor], Tensor]
 """From rewards (B, N) float64 to one factor for each draw, (B, N)."""
@@ -81,6 +81,7 @@ class Tilt:
             x = x_t.detach().requires_grad_()
             x1, rewards = draw_and_score(self.reward, x, t, num_draws, context)
             scaled = self.multiplier * rewards.double()
+            self._require_gradient(rewards)
             weights = coefficients(scaled.detach())
             gradient = gradient_of((weights * scaled).sum(), x)
             self.calls.draw_backward += rewards.numel()
@@ -92,6 +93,7 @@ class Tilt:
         with torch.enable_grad():
             x = x1.detach().requires_grad_()
             rewards = self.multiplier * score_states(self.reward, x, self._quiet(len(x1))).double()
+            self._require_gradient(rewards)
             slope = gradient_of(rewards.sum(), x)
             self.calls.reward_backward += len(x1)
         return rewards.detach(), slope
@@ -116,6 +118,13 @@ class Tilt:
         """
         rewards = torch.cat([self.rewards(part) for part in x1.split(batch_size or len(x1))])
         return replace(self, log_normaliser=float(rewards.logsumexp(0)) - math.log(len(rewards)))
+
+    def _require_gradient(self, rewards: Tensor) -> None:
+        if not rewards.requires_grad:
+            raise ValueError(
+                f"reward {name_of(self.reward)}: has no gradient, which this method takes; expected "
+                "method=mfm_ft with method.estimator=score, or reward_weighted"
+            )
 
     def _quiet(self, rows: int) -> SteeringContext:
         """A context in which nothing is drawn."""

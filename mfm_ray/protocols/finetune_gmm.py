@@ -337,6 +337,7 @@ def _figures(
     sets, nfe = [], 0.0
     for number in range(protocol.num_seeds):
         x, nfe = _samples(tuned, protocol, dynamics, seed + number)
+        # of a drift that has run away: its distance stays a number, far beyond any other
         sets.append(x.nan_to_num(nan=0.0, posinf=1e3, neginf=-1e3).clamp(-1e3, 1e3))
     distance = metrics.mean_with_interval(
         torch.stack([metrics.sliced_w2(x, exact(number)) for number, x in enumerate(sets)])

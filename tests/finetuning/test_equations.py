@@ -217,6 +217,15 @@ def test_a_reward_that_is_not_finite_is_named():
         RewardMatching(baseline="none").targets(huge, anchors_of(MIXTURE, 8, REWARD), noise_of(8))
 
 
+@pytest.mark.parametrize("method", [RewardMatching(baseline="none", estimator="pathwise"), AdjointMatching()])
+def test_a_reward_without_the_gradient_that_a_method_takes_is_named(method):
+    tilt = Tilt(EXACT, lambda x: REWARD(x).detach())
+    with pytest.raises(ValueError, match="has no gradient, which this method takes"):
+        method.targets(
+            tilt, anchors_of(MIXTURE, 10, REWARD), noise_of(10), drift=lambda x, t, _: MIXTURE.velocity(x, t)
+        )
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_compared_form_can_be_built(form):
     arguments = {name: value for name, value in FORMS[form].items() if name != "name"}
