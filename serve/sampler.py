@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 from ray import serve
 
 from mfm_ray.building import build_steering
-from mfm_ray.engine import Engine, EngineClosedError, Job, Pass, Snapshot, Ticket
+from mfm_ray.engine import Engine, EngineClosedError, Job, Snapshot, Ticket
 from mfm_ray.engine import Finished as Samples
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.pretrained import load_flow_map
@@ -29,7 +30,7 @@ from .autoscaling import CALLS, ROWS, with_policy
 from .direct import DirectPath
 from .errors import first_line
 from .generation import Accepted, Event, Failed, Finished, Generation, Preview, Progress, Refused, RewardChoice
-from .metrics import SamplerMetrics
+from .metrics import PassRecorder, SamplerMetrics
 from .models import ModelCard
 from .remote_reward import Line, RemoteReward, RewardDownError, SmallestPart, SumOfParts
 from .resolve import rows_of
@@ -122,9 +123,9 @@ class _Titled:
 class LoadedModel:
     """A checkpoint in memory and its engine, which ends when nobody holds this any more."""
 
-    def __init__(self, card: ModelCard, settings: SamplerSettings, metrics: SamplerMetrics) -> None:
+    def __init__(self, card: ModelCard, settings: SamplerSettings, recorder: PassRecorder) -> None:
         flow_map: FlowMap = load_flow_map(card.source).to(_device(settings))
-        watch = functools.partial(_record, metrics, card.id)
+        watch = functools.partial(recorder.note, card.id)
         self.card = card
         self.engine = Engine(
             flow_map,
@@ -141,19 +142,6 @@ def _close_elsewhere(engine: Engine) -> None:
     threading.Thread(target=engine.close, name="close-engine", daemon=True).start()
 
 
-def _record(metrics: SamplerMetrics, model: str, done: Pass) -> None:
-    tags = {"model": model}
-    metrics.step_rows.observe(done.rows, tags=tags)
-    metrics.step_seconds.observe(done.seconds, tags=tags)
-    for kind, count in vars(done.calls).items():
-        if count:
-            metrics.nfe.inc(count, tags={"model": model, "kind": kind})
-    if done.calls.draw:
-        metrics.posterior_draws.inc(done.calls.draw, tags=tags)
-    if done.effective_share is not None:
-        metrics.ess.observe(done.effective_share, tags=tags)
-
-
 class Sampler:
     """Requests as streams of events: `Accepted`, `Progress`, `Preview`; last `Finished`, `Failed` or `Refused`."""
 
@@ -165,10 +153,14 @@ class Sampler:
         handles: Mapping[str, Any],
         max_rows_waiting: int,
     ) -> None:
+        # 300,000 objects of Ray and torch that stay: going through them would stop a step for a tenth of a second. Not
+        # what is loaded later: a frozen cycle would keep a model that has left.
+        gc.freeze()
         self._cards = {card.id: card for card in cards}
         self._settings, self._max_rows_waiting = settings, max_rows_waiting
         self._rows_arriving = 0  # of requests that are on their way into an engine
         self._metrics = SamplerMetrics()
+        self._recorder = PassRecorder(self._metrics)
         self._rewards = RequestRewards(cards, rewards, handles)
         self._live: weakref.WeakSet[LoadedModel] = weakref.WeakSet()
         # the first model is loaded before the replica counts as ready, the others when they are asked for
@@ -261,7 +253,7 @@ class Sampler:
         return fetch
 
     def _load(self, model_id: str) -> LoadedModel:
-        model = LoadedModel(self._cards[model_id], self._settings, self._metrics)
+        model = LoadedModel(self._cards[model_id], self._settings, self._recorder)
         self._live.add(model)
         return model
 
