@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.dynamics import DYNAMICS
-from mfm_ray.engine.job import Finished, ImageInFlight, Job, JobInFlight, joined_particles, particles_of
+from mfm_ray.engine.job import Finished, ImageInFlight, Job, JobInFlight, joined_particles, single_particles
 from mfm_ray.engine.merging import MergedNoise, Merger, StillWaitingError
 from mfm_ray.engine.rendezvous import MAX_LANES
 from mfm_ray.engine.schedule import Schedule
@@ -335,11 +335,12 @@ class Engine:
 
     def _store(self, units: list[Unit], made: CallCounter, step: Step) -> None:
         with self._changed:
-            for place, (_, image) in enumerate(units):
-                image.particles = particles_of(step.particles, place)
+            for (_, image), particles in zip(units, single_particles(step.particles), strict=True):
+                image.particles = particles
                 image.step += 1
-                for name, values in step.diagnostics.items():
-                    image.trace.setdefault(name, []).append(values[place : place + 1])
+            for name, values in step.diagnostics.items():
+                for (_, image), value in zip(units, values.split(1), strict=True):
+                    image.trace.setdefault(name, []).append(value)
             jobs = {id(job): job for job, _ in units}
             for key, job in jobs.items():
                 _add(job.calls, made, sum(id(other) == key for other, _ in units), len(units))
