@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweeps --model outputs/demo/model [cost] [asha] [kills] [--trials 64] [--seconds 10 1]
 
-All three parts by default, about 20 minutes on two cores; writes benchmarks/results/sweeps.md.
+All three parts by default, about 20 minutes on two cores; each writes its benchmarks/results/sweeps_PART.md.
 
 cost: a sweep of gradient guidance through `jobs.tune`, all of it (start of Ray, report) against the same trials in as
 many bare processes that have the model loaded and share a queue, one thread each; the number of samples is chosen so
@@ -34,7 +34,7 @@ from jobs.tune import SamplerOfModel, settings_of, sweep_plan
 from mfm_ray.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "sweeps.md"
+RESULTS = ROOT / "benchmarks" / "results"
 _BASE = "defaults:\n  - override /steering: gradient\n  - override /reward: symmetry\n"
 SWEEPS = {
     "even": _BASE  # trials of equal cost
@@ -65,14 +65,12 @@ def main() -> None:
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(unknown)}; expected of {', '.join(PARTS)}")
     given.model = str(Path(given.model).resolve())
-    texts = [PARTS[name](given) for name in (given.parts or PARTS)]
-    words = " ".join(sys.argv[1:]).replace(given.model, "MODEL")
-    text = "\n\n".join(
-        ["# Sweeps", *texts, f"Made by `python -m benchmarks.sweeps {words}` on {os.cpu_count()} cores."]
-    )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(text + "\n")
-    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    for name in given.parts or PARTS:
+        made_by = f"Made by `python -m benchmarks.sweeps {name} --model MODEL` on {os.cpu_count()} cores."
+        text = "\n\n".join([PARTS[name](given), made_by])
+        (RESULTS / f"sweeps_{name}.md").write_text(text + "\n")
+        print(text, flush=True)
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------
