@@ -148,6 +148,7 @@ class FinetuneConfig(TrainingConfig):
     reward_model: str | None = setting("id of the model there whose rewards are asked; null: that of `model`'s folder")
     reward_multiplier: float = setting("the paper's lambda: samples follow p exp(reward_multiplier * reward)", above=0)
     method: dict[str, Any] = setting("tuning method by name, with its constructor's arguments")
+    adapter: dict[str, Any] = setting("which weights are tuned, with its constructor's arguments")
     anchors: AnchorsConfig = setting("clean samples that states are made around")
     data: TuningDataConfig = setting("samples of the law before tuning")
     cfg_scale: float | None = setting("classifier-free guidance of draws and of both drifts; null: none")
@@ -343,7 +344,7 @@ SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first five, the resources of a worker are named by the cluster, `training` holds keys of another root, and
+# the first six, the resources of a worker are named by the cluster, `training` holds keys of another root, and
 # `objectives` names metrics.
 ADDABLE = (
     "network",
@@ -351,6 +352,7 @@ ADDABLE = (
     "reward",
     "steering",
     "method",
+    "adapter",
     "scaling.resources_per_worker",
     "training",
     "objectives",

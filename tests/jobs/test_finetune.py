@@ -22,7 +22,7 @@ from mfm_ray.config import FINETUNE_PRESETS, FinetuneConfig, load_config
 from mfm_ray.data.datasets import digits
 from mfm_ray.data.shards import write_shards
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import build_method
+from mfm_ray.finetuning import LowRank, build_method
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 from mfm_ray.storage import Storage
@@ -82,6 +82,12 @@ def test_the_papers_recipe_is_a_preset_that_words_win_over() -> None:
         (["method.num_draws=0"], "num_draws=0: expected an integer of at least 1"),
         (["method.diffusion=3"], "diffusion=3: expected null unless estimator=pathwise"),
         (["method.estimator=mixed"], "estimator=mixed: expected score with baseline=anchored"),
+        (["adapter=lor"], "adapter=lor: expected one of lora, none"),
+        (
+            ["adapter=lora", "adapter.targets=[qkv]"],
+            "adapter.targets=qkv: no linear layer or convolution of this model",
+        ),
+        (["adapter=lora", "adapter.rank=0"], "rank=0: expected an integer of at least 1"),
         (["+method.draws=2"], "method.draws: unknown key; expected "),
         (["preset=papr"], "preset=papr: expected one of paper, or null; did you mean paper?"),
         (["cfg_scale=2.5"], "cfg_scale=2.5: expected one of null alone: this model has none"),
@@ -223,6 +229,39 @@ def test_the_tuned_model_is_read_by_everything_that_reads_models(
     assert all(word in card for word in ("brightness", "mfm_ft", "posterior draws", "lagrangian_teacher"))
     samples = mfm.sample(tuned, num_samples=8, num_steps=3, seed=0)
     assert samples.images.shape == (8, 1, 8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("best_metric", ["null", "drift_change"])
+def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
+    storage: Path, tiny_models: dict[str, str], best_metric: str
+) -> None:
+    name = f"adapted-{best_metric}"
+    words = [f"name={name}", "adapter=lora", "adapter.rank=2", "max_steps=12", f"best_metric={best_metric}"]
+    done = run(storage, tiny_models["tiny"], *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tuned, base = load_flow_map(storage / name / "model"), load_flow_map(tiny_models["tiny"])
+    assert isinstance(tuned, TunedFlowMap)
+    facts = read_model_config(storage / name / "model")["training"]["adapter"]
+    assert facts == LowRank(rank=2).facts(base)
+    assert f"{facts['tuned_parameters']:,}\nnumbers" in (storage / name / "model" / "README.md").read_text()
+    change = {key: tensor - base.state_dict()[key] for key, tensor in tuned.tuned.state_dict().items()}
+    if best_metric == "drift_change":  # least at step 0
+        assert not any(tensor.any() for tensor in change.values())
+        return
+    changed = {key for key, tensor in change.items() if tensor.any()}
+    layers = {f"{layer}.weight" for layer in LowRank(rank=2).layers(base)}
+    assert changed <= layers
+    assert changed
+    assert all(torch.linalg.matrix_rank(change[key].flatten(1), rtol=1e-4) <= 2 for key in changed)
+    checkpoint = newest_checkpoint(Storage(storage / name))
+    assert checkpoint is not None
+    kept = safetensors.torch.load(checkpoint.read_bytes("ema_model.safetensors"))
+    sizes = [tensor.numel() for key, tensor in kept.items() if ".lora_" in key]
+    assert sum(sizes) == facts["tuned_parameters"]
+    assert not any(".base_layer." in key for key in kept)
 
 
 @pytest.mark.ray
