@@ -89,8 +89,7 @@ class ServedReward:
 
         def ask(name: str, title: str, params: str) -> Any:
             if name not in lines:
-                handle = serve.get_deployment_handle(f"reward_{name}", app_name=self.app)
-                lines[name] = Line(handle, name=name, timeout_s=_TIMEOUT_S, attempts=_ATTEMPTS)
+                lines[name] = _line_to(serve.get_deployment_handle(f"reward_{name}", app_name=self.app), name)
             return RemoteReward(lines[name], name=title, model=self.model, params=params)
 
         return self._build(ask)
@@ -125,6 +124,15 @@ class ServedReward:
 
         (card,) = read_models(self.source).values()
         return card.event_shape
+
+
+def _line_to(handle: Any, name: str) -> Any:
+    """Over connections of its own where replicas can be reached so, through Serve where not; samplers go first."""
+    from serve.direct import DirectPath
+    from serve.remote_reward import Line
+
+    path = DirectPath(handle, name=name, timeout_s=_TIMEOUT_S, background=True)
+    return Line(handle, name=name, timeout_s=_TIMEOUT_S, attempts=_ATTEMPTS, direct=path, background=True)
 
 
 class _Nothing:
