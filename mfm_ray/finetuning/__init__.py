@@ -11,7 +11,7 @@ from mfm_ray.finetuning.chain import TiltedChains
 from mfm_ray.finetuning.reinforce_adjoint import ReinforceAdjointMatching
 from mfm_ray.finetuning.reward_matching import RewardMatching
 from mfm_ray.finetuning.reward_weighted import RewardWeightedRegression
-from mfm_ray.finetuning.targets import Anchors, DriftTargets, TuningMethod, regression_loss
+from mfm_ray.finetuning.targets import Anchors, DivergedError, DriftTargets, TuningMethod, regression_loss
 from mfm_ray.finetuning.tilt import Tilt
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Adapter",
     "AdjointMatching",
     "Anchors",
+    "DivergedError",
     "DriftTargets",
     "LowRank",
     "ReinforceAdjointMatching",

@@ -16,6 +16,10 @@ Drift = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """The drift that is being tuned: (x_t (B, *event), t (B,), label (B,) or None) to (B, *event)."""
 
 
+class DivergedError(ValueError):
+    """The tuned drift has run away: its own samples, or its loss, are no numbers to go on with."""
+
+
 @dataclass(frozen=True)
 class Anchors:
     """Clean samples that states are made around, one a row.
