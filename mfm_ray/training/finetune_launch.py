@@ -257,6 +257,7 @@ def tuned_config(config: FinetuneConfig, base: Mapping[str, Any], *, base_sha256
             "method": config.method,
             "adapter": None if isinstance(adapter, WholeNetwork) else adapter.facts(flow_map),
             "cfg_scale": config.cfg_scale,
+            "guided_drifts": None if config.guided_drifts else False,  # null, as in checkpoints of before there was it
             "label_dropout": config.label_dropout,
             "data_from_model": config.data.from_model,
         },

@@ -58,6 +58,7 @@ class Finetuning:
             reward,
             multiplier=config.reward_multiplier,
             cfg_scale=config.cfg_scale,
+            guided_drifts=config.guided_drifts,
         )
         return FinetuningWork(plan, config, base, tilt, base_sha256=self.base_sha256)
 
@@ -132,7 +133,7 @@ class FinetuningWork(Work):
         self.columns = TuningModule.COLUMNS
         self.module: TuningModule = TuningModule(
             self.flow_map,
-            cfg_scale=config.cfg_scale,
+            cfg_scale=tilt.drift_cfg_scale,
             precision=config.precision,
             multiplier=config.reward_multiplier,
         )

@@ -29,6 +29,7 @@ _ADAPTED = """
 Of the {parameters:,} weights only corrections of rank {rank} of {layers} layers were tuned, {tuned_parameters:,}
 numbers (`{name}`, alpha {alpha:g}); they are merged into the weights."""
 _OTHER_LAW = "With `method.diffusion` given they follow another law, pushed further towards the reward. "
+_UNGUIDED = "Draws were made with a guidance scale and the drift was tuned without one. "
 _MERGED = {"name": "none"}
 """The adapter of weights that are those of the whole network, as evaluations keep the best ones."""
 BEST, BEST_WEIGHTS, BEST_FIGURES = "best", "weights.safetensors", "figures.json"
@@ -138,6 +139,11 @@ def tuning_card(found: CheckpointModel) -> str:
         method=json.dumps(config["method"]),
         reward=json.dumps(config["reward"]),
         multiplier=config["reward_multiplier"],
-        caveat=_OTHER_LAW if config["method"].get("diffusion") is not None else "",
+        caveat="".join(
+            [
+                _OTHER_LAW if config["method"].get("diffusion") is not None else "",
+                _UNGUIDED if config["cfg_scale"] is not None and not config.get("guided_drifts", True) else "",
+            ]
+        ),
         adapter="" if adapter is None else _ADAPTED.format(**adapter),
     )

@@ -66,6 +66,8 @@ def test_the_papers_recipe_is_a_preset_that_words_win_over() -> None:
     }
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("radam", 1e-4)
     assert (config.precision, config.gradient_clipping, config.ema_decay) == ("bf16", 1.5, 0.999)
+    assert (config.guided_drifts, config.label_dropout, config.max_steps) == (False, 0, 10_000)
+    assert (config.evaluate_samples, config.evaluate_steps) == (512, 250)
     assert config.warmup_steps == 3
     assert set(FINETUNE_PRESETS) == {"paper"}
 
