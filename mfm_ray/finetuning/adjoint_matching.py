@@ -28,16 +28,18 @@ from mfm_ray.noise import Noise, Stream
 
 
 class AdjointMatching(TuningMethod):
-    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random."""
+    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random; rows
+    in succession, of the first one's label."""
 
     on_policy = True
     needs_gradient = True
     anchors_are_data = True
 
-    def __init__(self, *, num_steps: int = 25, states_per_path: int = 5) -> None:
+    def __init__(self, *, num_steps: int = 25, states_per_path: int = 4) -> None:
         require_at_least_one(num_steps=num_steps, states_per_path=states_per_path)
         require(states_per_path <= num_steps, "states_per_path", states_per_path, f"at most num_steps={num_steps}")
         self.num_steps, self.states_per_path = num_steps, states_per_path
+        self.group_rows, self.group_keys = states_per_path, ("states_per_path",)
 
     def targets(self, tilt: Tilt, anchors: Anchors, noise: Noise, *, drift: Drift | None = None) -> DriftTargets:
         assert drift is not None

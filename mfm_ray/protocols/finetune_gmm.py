@@ -41,8 +41,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "estimator": "pathwise",
         "diffusion": 100.0,
     },
-    "adjoint_matching": {"name": "adjoint_matching"},
-    "reinforce_adjoint": {"name": "reinforce_adjoint"},
+    "adjoint_matching": {"name": "adjoint_matching", "states_per_path": 5},
+    "reinforce_adjoint": {"name": "reinforce_adjoint", "group": 64},
     "reward_weighted": {"name": "reward_weighted"},
 }
 """What is compared, by the name it has in the figures."""

@@ -15,7 +15,7 @@ from mfm_ray.config import FinetuneConfig
 from mfm_ray.data.shards import Manifest, read_manifest
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import WholeNetwork, build_adapter, build_method
+from mfm_ray.finetuning import TuningMethod, WholeNetwork, build_adapter, build_method
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import TUNED, build_network
 from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
@@ -38,12 +38,13 @@ from mfm_ray.training.launch import (
 )
 from mfm_ray.training.session import Plan
 from mfm_ray.training.tuned_model import BEST, best_step, weights_sha256
+from mfm_ray.training.zero import split_batch
 
 
 def check_finetuning(config: FinetuneConfig) -> None:
     """Everything that can be wrong before a cluster is there: batch, method, model, data. ValueError, one line."""
     check_training(config)
-    build_method(config.method)
+    check_groups(config, build_method(config.method))
     if config.model is None:
         raise InputError("model=null: expected a model directory")
     check_model(config.model, read_model_config(config.model))
@@ -52,6 +53,20 @@ def check_finetuning(config: FinetuneConfig) -> None:
     build_adapter(config.adapter).check(outline_of(read_model_config(config.model)))
     check_data(config, read_model_config(config.model)["data"])
     check_evaluation(config)
+
+
+def check_groups(config: FinetuneConfig, method: TuningMethod) -> None:
+    """InputError unless every micro-batch holds whole groups of the method, so that no split changes its targets."""
+    split = split_batch(
+        config.global_batch_size, num_workers=config.scaling.num_workers, micro_batch_size=config.micro_batch_size
+    )
+    if split.micro_batch_size % method.group_rows:
+        keys = " x ".join(f"method.{key}={getattr(method, key)}" for key in method.group_keys)
+        raise InputError(
+            f"micro_batch_size={split.micro_batch_size}: the targets of {method.group_rows} rows are made together "
+            f"({keys}); expected a multiple of {method.group_rows} (global_batch_size={config.global_batch_size} / "
+            f"scaling.num_workers={config.scaling.num_workers} where micro_batch_size is null)"
+        )
 
 
 def check_model(place: str, model: Mapping[str, Any]) -> None:

@@ -90,6 +90,11 @@ def test_the_papers_recipe_is_a_preset_that_words_win_over() -> None:
             "adapter.targets=qkv: no linear layer or convolution of this model",
         ),
         (["adapter=lora", "adapter.rank=0"], "rank=0: expected an integer of at least 1"),
+        (["method=adjoint_matching", "global_batch_size=20"], "micro_batch_size=10: the targets of 4 rows are made "),
+        (
+            ["method=reinforce_adjoint", "micro_batch_size=32"],
+            "(method.noisings=8 x method.group=8); expected a multip",
+        ),
         (["+method.draws=2"], "method.draws: unknown key; expected "),
         (["preset=papr"], "preset=papr: expected one of paper, or null; did you mean paper?"),
         (["cfg_scale=2.5"], "cfg_scale=2.5: expected one of null alone: this model has none"),
@@ -257,7 +262,7 @@ def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
     layers = {f"{layer}.weight" for layer in LowRank(rank=2).layers(base)}
     assert changed <= layers
     assert changed
-    assert all(torch.linalg.matrix_rank(change[key].flatten(1), rtol=1e-4) <= 2 for key in changed)
+    assert all(torch.linalg.matrix_rank(change[key].flatten(1), rtol=1e-2) <= 2 for key in changed)
     checkpoint = newest_checkpoint(Storage(storage / name))
     assert checkpoint is not None
     kept = safetensors.torch.load(checkpoint.read_bytes("ema_model.safetensors"))
@@ -331,6 +336,42 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights_to_the_bit(
     assert exported.returncode == 0, exported.stdout + exported.stderr
     again = safetensors.torch.load_file(storage / "exported" / "model" / "model.safetensors")
     assert [name for name, tensor in actual.items() if not torch.equal(tensor, again[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_run_ends_when_the_reward_rises_while_a_judge_falls(storage: Path, tiny_models: dict[str, str]) -> None:
+    most = 20_000
+    words = [
+        "name=hacking",
+        "reward.target=0.8",
+        "reward.scale=0.1",
+        "judges=[{name: brightness, target: 0.1, scale: 0.1}]",
+        "stop_on_hacking=true",
+        "optimizer.learning_rate=0.01",
+        "evaluate_every=40",
+        "best_metric=judge.brightness",
+        "checkpoint_every=1000",
+        "sample_every=0",
+        f"max_steps={most}",
+    ]
+    done = run(storage, tiny_models["tiny"], *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((storage / "hacking" / "result.json").read_text())
+    ended = result["metrics"]["step"]
+    assert ended < most
+    line = f"ended at step {ended} of {most}: a judge falls while the reward rises"
+    assert line in done.stdout.splitlines()
+    assert result["metrics"]["evaluation.hacked"] == 1
+    evaluations = [each for each in history(storage / "hacking") if "evaluation.step" in each]
+    first, last = evaluations[0], evaluations[-1]
+    assert last["evaluation.reward"] > first["evaluation.reward"]
+    assert last["evaluation.judge.brightness"] < first["evaluation.judge.brightness"]
+    # the judge was at its best before anything was tuned, and those weights are the model
+    best = max(evaluations, key=lambda each: each["evaluation.judge.brightness"])["evaluation.step"]
+    assert f"the model is that of step {int(best)}, the best by judge.brightness" in done.stdout.splitlines()
+    assert read_model_config(storage / "hacking" / "model")["training"]["steps"] == best
 
 
 @pytest.mark.slow

@@ -82,8 +82,16 @@ CASES = {
     "steered": Case(start_steps=3, baseline="anchored", same_as="steered_in_two"),
     "steered_in_two": Case(start_steps=3, baseline="anchored", world_size=2, accumulation=2, same_as="steered"),
     "model_in_two": Case(from_model=True, world_size=2, same_as="model"),
+    "adjoint": Case(method="adjoint_matching", same_as="adjoint_shared"),
+    "adjoint_shared": Case(method="adjoint_matching", stage=3, world_size=2, accumulation=2, same_as="adjoint"),
+    "reinforce": Case(method="reinforce_adjoint", same_as="reinforce_shared"),
+    "reinforce_shared": Case(method="reinforce_adjoint", world_size=2, accumulation=2, same_as="reinforce"),
     "adapted": Case(rank=2, same_as="adapted_sharded"),
     "adapted_sharded": Case(rank=2, stage=3, world_size=2, accumulation=2, same_as="adapted"),
+}
+ARGUMENTS = {
+    "adjoint_matching": {"num_steps": 4, "states_per_path": 2},
+    "reinforce_adjoint": {"num_steps": 4, "noisings": 2, "group": 2},
 }
 RESUMED = ("one", "two", "sharded", "adapted_sharded")
 
@@ -141,7 +149,8 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
         f"scaling.num_workers={case.world_size}",
     ]
     config = to_dict(load_config("finetune", words))
-    return {**config, "method": config["method"] if case.method == "mfm_ft" else {"name": case.method}}
+    rival = {"name": case.method, **ARGUMENTS.get(case.method, {})}
+    return {**config, "method": config["method"] if case.method == "mfm_ft" else rival}
 
 
 def plan_of(case: Case, folder: Path, make_reward: Any = reward) -> Plan:
