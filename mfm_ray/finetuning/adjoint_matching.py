@@ -28,8 +28,10 @@ from mfm_ray.noise import Noise, Stream
 
 
 class AdjointMatching(TuningMethod):
-    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random; rows
-    in succession, of the first one's label."""
+    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random.
+
+    They are rows in succession, and have the first one's label.
+    """
 
     on_policy = True
     needs_gradient = True
