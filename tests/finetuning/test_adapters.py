@@ -108,6 +108,19 @@ def test_frozen_weights_stay_and_what_is_merged_computes_the_same(base: FlowMap)
     assert difference(merged, network) < 1e-10
 
 
+def test_forward_mode_goes_through_the_corrections(base: FlowMap) -> None:
+    network = LowRank(rank=RANK).trainable(base, seed=0)
+    moved(network)
+    merged = LowRank(rank=RANK).merged(base, tuned(network))
+    x, t = torch.randn(4, *IMAGES.event_shape, generator=torch.Generator().manual_seed(3)), torch.full((4,), 0.4)
+    slopes = [
+        torch.func.jvp(lambda time, each=each: each.drift(x, time), (t,), (torch.ones(4),))[1].detach()
+        for each in (network, merged)
+    ]
+    assert float(slopes[0].abs().max()) > 1e-2
+    torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
+
+
 def test_alpha_scales_a_correction(base: FlowMap) -> None:
     weights = LowRank(rank=RANK).trainable(base, seed=0)
     moved(weights)

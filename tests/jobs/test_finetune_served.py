@@ -87,7 +87,7 @@ def test_workers_ask_replicas_directly_and_through_serve_where_that_fails_to_the
     torch.manual_seed(0)
     samples, weight = torch.rand(7, 1, 8, 8), torch.randn(7)
     lines: list[Line] = []
-    monkeypatch.setattr(served_reward, "_line_to", lambda *of: lines.append(line_to(*of)) or lines[-1])
+    monkeypatch.setattr(served_reward, "_line_to", lambda *of, **how: lines.append(line_to(*of, **how)) or lines[-1])
     ways: dict[str, Any] = {"local": LocalReward(Workbench(config.model).reward(config.reward, seed=config.seed))()}
     ways |= {name: ServedReward.of(config)() for name in ("direct", "fallback")}
     directly, fallback = lines
