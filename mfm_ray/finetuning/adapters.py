@@ -146,9 +146,9 @@ class LowRank(Adapter):
         from peft.tuners import lora
 
         shell = _Shell(network)
-        wanted = lora.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=[f"network.{name}" for name in self.layers(network)]
-        )
+        names = [f"network.{name}" for name in self.layers(network)]
+        # peft calls alpha an integer, and divides it by the rank
+        wanted = lora.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = lora.LoraModel(shell, {_NAME: wanted}, _NAME)
