@@ -147,8 +147,8 @@ class LowRank(Adapter):
 
         shell = _Shell(network)
         names = [f"network.{name}" for name in self.layers(network)]
-        # peft calls alpha an integer, and divides it by the rank
-        wanted = lora.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names)
+        alpha: Any = self.alpha  # an integer to peft, which divides it by the rank
+        wanted = lora.LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=names)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = lora.LoraModel(shell, {_NAME: wanted}, _NAME)
