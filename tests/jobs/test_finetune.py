@@ -261,8 +261,9 @@ def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
     changed = {key for key, tensor in change.items() if tensor.any()}
     layers = {f"{layer}.weight" for layer in LowRank(rank=2).layers(base)}
     assert changed <= layers
-    assert changed
-    assert all(torch.linalg.matrix_rank(change[key].flatten(1), rtol=1e-2) <= 2 for key in changed)
+    # beyond the rounding of weights that something was added to
+    ranks = [int(torch.linalg.matrix_rank(change[key].flatten(1), atol=1e-5, rtol=0.0)) for key in changed]
+    assert 1 <= max(ranks) <= 2
     checkpoint = newest_checkpoint(Storage(storage / name))
     assert checkpoint is not None
     kept = safetensors.torch.load(checkpoint.read_bytes("ema_model.safetensors"))
