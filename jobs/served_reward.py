@@ -74,13 +74,16 @@ class ServedReward:
                 )
         probe = torch.zeros(4, *self._event_shape())
         try:
-            self()(probe)
+            self._asking(direct=False)(probe)
         except Exception as error:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"reward_app={self.app}: asked for model {self.model} it said: {line}") from error
 
     def __call__(self) -> Any:
-        """The reward, on the process that will ask."""
+        """The reward, on the process that will ask: over connections of its own, which that process keeps."""
+        return self._asking(direct=True)
+
+    def _asking(self, *, direct: bool) -> Any:
         from ray import serve
 
         from serve.remote_reward import Line, RemoteReward
@@ -90,7 +93,7 @@ class ServedReward:
         def ask(name: str, title: str, params: str) -> Any:
             if name not in lines:
                 handle = serve.get_deployment_handle(f"reward_{name}", app_name=self.app)
-                lines[name] = Line(handle, name=name, timeout_s=_TIMEOUT_S, attempts=_ATTEMPTS)
+                lines[name] = _line_to(handle, name, direct=direct)
             return RemoteReward(lines[name], name=title, model=self.model, params=params)
 
         return self._build(ask)
@@ -125,6 +128,15 @@ class ServedReward:
 
         (card,) = read_models(self.source).values()
         return card.event_shape
+
+
+def _line_to(handle: Any, name: str, *, direct: bool) -> Any:
+    """Calls that let those of samplers pass. direct: where replicas can be reached so, through Serve where not."""
+    from serve.direct import DirectPath
+    from serve.remote_reward import Line
+
+    path = DirectPath(handle, name=name, timeout_s=_TIMEOUT_S, background=True) if direct else None
+    return Line(handle, name=name, timeout_s=_TIMEOUT_S, attempts=_ATTEMPTS, direct=path, background=True)
 
 
 class _Nothing:

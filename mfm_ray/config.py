@@ -148,9 +148,11 @@ class FinetuneConfig(TrainingConfig):
     reward_model: str | None = setting("id of the model there whose rewards are asked; null: that of `model`'s folder")
     reward_multiplier: float = setting("the paper's lambda: samples follow p exp(reward_multiplier * reward)", above=0)
     method: dict[str, Any] = setting("tuning method by name, with its constructor's arguments")
+    adapter: dict[str, Any] = setting("which weights are tuned, with its constructor's arguments")
     anchors: AnchorsConfig = setting("clean samples that states are made around")
     data: TuningDataConfig = setting("samples of the law before tuning")
     cfg_scale: float | None = setting("classifier-free guidance of draws and of both drifts; null: none")
+    guided_drifts: bool = setting("false: both drifts without cfg_scale, as in the paper's code; not the tilted law")
     judges: list[Any] = setting("rewards that evaluations score and nothing is tuned to, as reward.parts are written")
     evaluate_every: int = setting("steps between evaluations, off the training workers; 0: none", minimum=0)
     evaluate_samples: int = setting("plain samples of one evaluation", minimum=8)
@@ -319,13 +321,17 @@ SWEPT_JOBS: dict[str, type[JobConfig]] = {
 """Root of `jobs.tune` by the job that a sweep is over; `conf/job/<name>.yaml` has its defaults."""
 
 FINETUNE_PRESETS: dict[str, list[str]] = {
-    # arXiv 2601.14430: one draw, its pathwise gradient, a constant sigma^2 = 200, no baseline. Not the tilted law.
+    # arXiv 2601.14430 and its code: one draw, its pathwise gradient, a constant sigma^2 = 200, no baseline; labelled
+    # data as they are, drifts without the guidance of the draws. Not the tilted law.
     "paper": [
         "method=mfm_ft",
         "method.num_draws=1",
         "method.estimator=pathwise",
         "method.baseline=none",
         "method.diffusion=100",
+        "method.max_time=0.99999",
+        "guided_drifts=false",
+        "label_dropout=0",
         "anchors.restart=1",
         "anchors.start_steps=0",
         "optimizer.name=radam",
@@ -335,6 +341,9 @@ FINETUNE_PRESETS: dict[str, list[str]] = {
         "ema_decay=0.999",
         "precision=bf16",
         "gradient_clipping=1.5",
+        "max_steps=10000",
+        "evaluate_samples=512",
+        "evaluate_steps=250",
     ]
 }
 """Words of `jobs.finetune` by the preset that stands for them; other words of the command line win over them."""
@@ -343,7 +352,7 @@ SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
 # Where keys that the YAML does not list may be added (`+reward.weight=2`): the constructor is the schema of
-# the first five, the resources of a worker are named by the cluster, `training` holds keys of another root, and
+# the first six, the resources of a worker are named by the cluster, `training` holds keys of another root, and
 # `objectives` names metrics.
 ADDABLE = (
     "network",
@@ -351,6 +360,7 @@ ADDABLE = (
     "reward",
     "steering",
     "method",
+    "adapter",
     "scaling.resources_per_worker",
     "training",
     "objectives",

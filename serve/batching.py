@@ -18,10 +18,12 @@ Evaluate = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
 
 @dataclass(eq=False)
 class _Item:
-    """Compared by identity: `key` and `rows` of two callers may be equal."""
+    """Compared by identity: `key` and `rows` of two callers may be equal. due: whose is least is taken first."""
 
     key: Hashable
     rows: np.ndarray
+    background: bool
+    due: float
     future: Future[tuple[np.ndarray, ...]] = field(default_factory=Future)
 
 
@@ -73,11 +75,22 @@ class Batcher:
 
     Nothing waits for a batch to fill: while one is computed, the next one gathers.
 
+    Items in the background let pass what comes within `patience_s` after them, and nothing that comes later: each waits
+    for those alone, however many follow. They share no evaluation with others, which would take longer for it.
+
     max_rows: of one evaluation; a single item with more goes alone.
     """
 
-    def __init__(self, evaluate: Evaluate, *, max_rows: int, name: str) -> None:
-        self._evaluate, self._max_rows = evaluate, max_rows
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        *,
+        max_rows: int,
+        name: str,
+        patience_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._evaluate, self._max_rows, self._patience_s, self._clock = evaluate, max_rows, patience_s, clock
         self._items: deque[_Item] = deque()
         self.backlog = Backlog()
         self._changed = threading.Condition()
@@ -94,9 +107,9 @@ class Batcher:
         with self._changed:
             return sum(len(item.rows) for item in self._items)
 
-    def submit(self, key: Hashable, rows: np.ndarray) -> Future[tuple[np.ndarray, ...]]:
+    def submit(self, key: Hashable, rows: np.ndarray, *, background: bool = False) -> Future[tuple[np.ndarray, ...]]:
         """The future of evaluate(key, rows), or of the error that these rows cause."""
-        item = _Item(key, rows)
+        item = _Item(key, rows, background, self._clock() + (self._patience_s if background else 0.0))
         self.backlog.begin(len(rows))
         item.future.add_done_callback(lambda _: self.backlog.end(len(rows)))
         with self._changed:
@@ -116,15 +129,17 @@ class Batcher:
                 self._answer(alive)
 
     def _take(self) -> list[_Item]:
-        """The oldest item and all that can go with it; nothing once closed."""
+        """The item that is due first and all that can go with it; nothing once closed."""
         with self._changed:
             while not self._items and not self._closed:
                 self._changed.wait()
             if not self._items:
                 return []
-            batch = [self._items.popleft()]
-            rows = len(batch[0].rows)
-            for item in [other for other in self._items if other.key == batch[0].key]:
+            first = min(self._items, key=lambda item: item.due)
+            self._items.remove(first)
+            batch, rows = [first], len(first.rows)
+            alike = [other for other in self._items if (other.key, other.background) == (first.key, first.background)]
+            for item in alike:
                 if rows + len(item.rows) > self._max_rows:
                     break
                 self._items.remove(item)

@@ -51,11 +51,11 @@ class _Replica:
 class DirectPath:
     """Calls of one reward to the less loaded of two of its replicas, over connections that are kept.
 
-    handle: of the reward's deployment. timeout_s: of one call.
+    handle: of the reward's deployment. timeout_s: of one call. background: calls let those of samplers pass.
     """
 
-    def __init__(self, handle: Any, *, name: str, timeout_s: float) -> None:
-        self.name, self._handle, self._timeout_s = name, handle, timeout_s
+    def __init__(self, handle: Any, *, name: str, timeout_s: float, background: bool = False) -> None:
+        self.name, self._handle, self._timeout_s, self._background = name, handle, timeout_s, background
         self._replicas: dict[Address, _Replica] = {}
         self._shunned: dict[Address, float] = {}
         self._lock = threading.Lock()
@@ -124,7 +124,7 @@ class DirectPath:
         except OSError as error:
             raise UnreachableError(f"{replica.address.host}:{replica.address.port}: {error}") from error
         try:
-            asked = {"method": method, "model": model, "params": params}
+            asked = {"method": method, "model": model, "params": params, "background": self._background}
             connection.send(Kind.REQUEST, asked, [samples], within_s=self._timeout_s)
             answer = connection.receive(
                 Kind.ANSWER, Kind.REFUSAL, limits=CALL, within_s=max(0.0, deadline - time.monotonic())

@@ -25,8 +25,9 @@ _MOST_CONNECTIONS = 1024
 _SEND_S = 30.0
 _LAST_ANSWERS_S = 5.0
 
-Ask = Callable[[str, str, str, np.ndarray], "Future[tuple[np.ndarray, ...]]"]
-"""method, model, canonical parameters and samples to the answer's arrays. ValueError for an unknown method."""
+Ask = Callable[[str, str, str, np.ndarray, bool], "Future[tuple[np.ndarray, ...]]"]
+"""method, model, canonical parameters, samples and whether in the background, to the answer's arrays. ValueError for an
+unknown method."""
 
 
 class Listener:
@@ -95,11 +96,12 @@ class Listener:
 
     def _answer(self, connection: Connection, frame: Frame) -> None:
         named = [value for value in map(frame.meta.get, ("method", "model", "params")) if isinstance(value, str)]
-        if len(named) != 3 or len(frame.arrays) != 1 or frame.arrays[0].ndim < 2:
+        background = frame.meta.get("background", False)
+        if len(named) != 3 or type(background) is not bool or len(frame.arrays) != 1 or frame.arrays[0].ndim < 2:
             raise FrameError("a request without method, model, params and samples")
         method, model, params = named
         try:
-            results = self._ask(method, model, params, frame.arrays[0]).result()
+            results = self._ask(method, model, params, frame.arrays[0], background).result()
         except Exception as error:  # the caller's to judge
             connection.send(Kind.REFUSAL, {"message": first_line(error)}, within_s=_SEND_S)
         else:

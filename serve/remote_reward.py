@@ -63,14 +63,21 @@ class Line:
     """The way to one reward's deployment, shared by all its parameters, so that they know together when it is down.
 
     timeout_s: of one call. attempts: calls before giving up. direct: asked first, once; what it cannot do the handle
-    does.
+    does. background: calls through the handle let those of samplers pass, as those of such a `DirectPath`.
     """
 
     def __init__(
-        self, handle: Any, *, name: str, timeout_s: float, attempts: int, direct: DirectPath | None = None
+        self,
+        handle: Any,
+        *,
+        name: str,
+        timeout_s: float,
+        attempts: int,
+        direct: DirectPath | None = None,
+        background: bool = False,
     ) -> None:
         self.name, self._handle, self._timeout_s, self._attempts = name, handle, timeout_s, attempts
-        self._direct = direct
+        self._direct, self._further = direct, (True,) if background else ()
         self._handles: dict[tuple[str, bool], Any] = {}
         self._down_until = 0.0
 
@@ -97,7 +104,7 @@ class Line:
 
     def _through_handle(self, method: str, model: str, params: str, samples: np.ndarray) -> Sequence[np.ndarray]:
         handle = self._handle_of(method, samples.nbytes > SMALL_BYTES)
-        answer = _result(handle.remote(model, params, samples), self._timeout_s)
+        answer = _result(handle.remote(model, params, samples, *self._further), self._timeout_s)
         return (answer,) if isinstance(answer, np.ndarray) else answer
 
     def _handle_of(self, method: str, by_reference: bool) -> Any:

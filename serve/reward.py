@@ -59,13 +59,18 @@ class BuiltRewards:
 
 
 class RewardServer:
-    """One reward of all served models. Samples (N, C, H, W) in data units, float32, in and out as numpy arrays."""
+    """One reward of all served models. Samples (N, C, H, W) in data units, float32, in and out as numpy arrays.
+
+    background: of calls that let those of samplers pass (`Batcher`).
+    """
 
     def __init__(self, cards: Sequence[ModelCard], settings: RewardSettings) -> None:
         self.name = settings.name
         self._listeners: dict[str, Listener] = {}
         self._rewards = BuiltRewards(cards, capacity=settings.rewards_in_memory)
-        self._batcher = Batcher(self._evaluate, max_rows=settings.max_batch_rows, name=self.name)
+        self._batcher = Batcher(
+            self._evaluate, max_rows=settings.max_batch_rows, name=self.name, patience_s=settings.patience_s
+        )
         self._seconds = reward_seconds()
 
     async def address(self, caller: str) -> Address:
@@ -80,14 +85,16 @@ class RewardServer:
             self._listeners[host] = Listener(host, self._direct, load=lambda: backlog.rows, name=self.name)
         return self._listeners[host].address
 
-    async def value(self, model: str, params: str, samples: np.ndarray) -> np.ndarray:
+    async def value(self, model: str, params: str, samples: np.ndarray, background: bool = False) -> np.ndarray:
         """(N,) float32."""
-        (values,) = await self._answer((VALUE, model, params), samples)
+        (values,) = await self._answer((VALUE, model, params), samples, background)
         return values
 
-    async def value_and_gradient(self, model: str, params: str, samples: np.ndarray) -> tuple[np.ndarray, ...]:
+    async def value_and_gradient(
+        self, model: str, params: str, samples: np.ndarray, background: bool = False
+    ) -> tuple[np.ndarray, ...]:
         """(N,) and the gradient of each value in its own sample, (N, C, H, W); values alone where there is none."""
-        return await self._answer((GRADIENT, model, params), samples)
+        return await self._answer((GRADIENT, model, params), samples, background)
 
     async def score(self, model: str, params: str, images: np.ndarray) -> np.ndarray:
         """(N,) of images as a client has them; ValueError naming the reward for NaN or infinity."""
@@ -109,13 +116,17 @@ class RewardServer:
             listener.close()
         self._batcher.close()
 
-    def _direct(self, method: str, model: str, params: str, samples: np.ndarray) -> Future[tuple[np.ndarray, ...]]:
+    def _direct(
+        self, method: str, model: str, params: str, samples: np.ndarray, background: bool
+    ) -> Future[tuple[np.ndarray, ...]]:
         if method not in DIRECT:
             raise ValueError(f"method {method!r}: expected one of {', '.join(DIRECT)}")
-        return self._batcher.submit((DIRECT[method], model, params), samples)
+        return self._batcher.submit((DIRECT[method], model, params), samples, background=background)
 
-    async def _answer(self, key: tuple[str, str, str], samples: np.ndarray) -> tuple[np.ndarray, ...]:
-        return await asyncio.wrap_future(self._batcher.submit(key, samples))
+    async def _answer(
+        self, key: tuple[str, str, str], samples: np.ndarray, background: bool = False
+    ) -> tuple[np.ndarray, ...]:
+        return await asyncio.wrap_future(self._batcher.submit(key, samples, background=background))
 
     def _evaluate(self, key: tuple[str, str, str], rows: np.ndarray) -> tuple[np.ndarray, ...]:
         kind, model, params = key

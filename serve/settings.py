@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 
 class Settings(BaseModel):
@@ -89,6 +89,10 @@ class RewardSettings(Replicas):
         default=256, description="rows, waiting and running, that one replica is meant to have"
     )
     max_batch_rows: PositiveInt = Field(default=512, description="rows of one evaluation, merged over callers")
+    patience_s: NonNegativeFloat = Field(
+        default=1.0,
+        description="a call of training lets those of samplers pass that come within so many seconds after it",
+    )
     rewards_in_memory: PositiveInt = Field(default=64, description="rewards kept built, one for each set of parameters")
 
 

@@ -10,6 +10,7 @@ import yaml
 from mfm_ray.config import ROOTS, TrainConfig, compose, flatten, group_choices, load_config, sweep_files, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.finetuning import METHODS
+from mfm_ray.finetuning.adapters import ADAPTERS
 from mfm_ray.networks import NETWORKS, build_network
 from mfm_ray.objectives import OBJECTIVES, build_objective
 from mfm_ray.settings import from_dict, nearest
@@ -18,7 +19,7 @@ RECIPE = {"train": ["experiment=digits"], "tune": ["sweep=methods"]}
 GROUPS = {
     "train": ("data", "network", "objective", "experiment"),
     "prepare_data": ("data",),
-    "finetune": ("method", "reward"),
+    "finetune": ("method", "adapter", "reward"),
     "sample": ("steering", "reward"),
     "tune": ("steering", "reward", "sweep"),
     "evaluate": ("protocol",),
@@ -81,6 +82,7 @@ def test_choices_and_registries_name_the_same_classes() -> None:
     assert group_choices("network") == sorted(NETWORKS)
     assert group_choices("objective") == sorted(OBJECTIVES)
     assert group_choices("method") == sorted(METHODS)
+    assert group_choices("adapter") == sorted(ADAPTERS)
 
 
 @pytest.mark.parametrize(

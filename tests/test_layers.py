@@ -33,6 +33,7 @@ HEAVY = sorted(CLUSTER | {"pyarrow", "sklearn", "matplotlib", "tensorboard", "pa
 
 # The one door to each library that shapes everything it touches.
 ONLY_IMPORTERS = {
+    "peft": {"mfm_ray.finetuning.adapters"},
     "deepspeed": {"mfm_ray.training.zero", "mfm_ray.training.comm_op"},
     "hydra": {"mfm_ray.config", "jobs.contract", "jobs.command_line"},
     "omegaconf": {"mfm_ray.config", "jobs.contract", "jobs.command_line"},

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mfm_ray.dynamics import MemorylessDiffusion, TimeGrid
 from mfm_ray.errors import require
+from mfm_ray.finetuning.rollout import require_near
 from mfm_ray.finetuning.targets import Anchors, Drift, DriftTargets, TuningMethod
 from mfm_ray.finetuning.tilt import Tilt
 from mfm_ray.flow_map import require_at_least_one
@@ -27,16 +28,20 @@ from mfm_ray.noise import Noise, Stream
 
 
 class AdjointMatching(TuningMethod):
-    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random."""
+    """num_steps: of a trajectory. states_per_path: states of each trajectory that are regressed on, drawn at random.
+
+    They are rows in succession, and have the first one's label.
+    """
 
     on_policy = True
     needs_gradient = True
     anchors_are_data = True
 
-    def __init__(self, *, num_steps: int = 25, states_per_path: int = 5) -> None:
+    def __init__(self, *, num_steps: int = 25, states_per_path: int = 4) -> None:
         require_at_least_one(num_steps=num_steps, states_per_path=states_per_path)
         require(states_per_path <= num_steps, "states_per_path", states_per_path, f"at most num_steps={num_steps}")
         self.num_steps, self.states_per_path = num_steps, states_per_path
+        self.group_rows, self.group_keys = states_per_path, ("states_per_path",)
 
     def targets(self, tilt: Tilt, anchors: Anchors, noise: Noise, *, drift: Drift | None = None) -> DriftTargets:
         assert drift is not None
@@ -73,7 +78,7 @@ def _trajectories(
         states.append(x)
         clean = LinearInterpolant().posterior_mean(x, drift(x, t, label).float(), t)
         x = clean if step == len(times) - 2 else dynamics.step(x, clean, t, t_next, noise.fold_in(step))
-    return torch.stack(states), x
+    return torch.stack(states), require_near(x)
 
 
 def _lean_adjoints(
@@ -85,7 +90,7 @@ def _lean_adjoints(
     for step, (t, t_next) in reversed(list(enumerate(_steps(times, len(end))))):
         with torch.enable_grad():
             x = states[step].detach().requires_grad_()
-            drift = tilt.flow_map.drift(x, t, label=label, cfg_scale=tilt.cfg_scale)
+            drift = tilt.flow_map.drift(x, t, label=label, cfg_scale=tilt.drift_cfg_scale)
             clean = LinearInterpolant().posterior_mean(x, drift, t)
             last = step == len(times) - 2
             mean = clean if last else MemorylessDiffusion().transition(x, clean, t, t_next)[0]

@@ -27,9 +27,10 @@ from mfm_ray.noise import Noise, Stream
 
 
 class ReinforceAdjointMatching(TuningMethod):
-    """num_steps: of the ODE that draws endpoints. noisings: states made of each endpoint; it divides the batch.
+    """num_steps: of the ODE that draws endpoints. noisings: states made of each endpoint. group: endpoints, one after
+    another, that are compared with each other; a batch may end in a smaller group.
 
-    The constant c is the mean reward of the other endpoints of the batch part. largest_advantage: r - c is clipped to
+    The constant c is the mean reward of the other endpoints of the group. largest_advantage: r - c is clipped to
     plus or minus this number: below -1 a target moves away from the drift faster than the drift follows, and training
     diverges. Clipping tilts less than r would. max_time: t is uniform on [1 - max_time, max_time].
     """
@@ -38,12 +39,20 @@ class ReinforceAdjointMatching(TuningMethod):
     anchors_are_data = True
 
     def __init__(
-        self, *, num_steps: int = 20, noisings: int = 8, largest_advantage: float = 1.0, max_time: float = 0.998
+        self,
+        *,
+        num_steps: int = 20,
+        noisings: int = 8,
+        group: int = 8,
+        largest_advantage: float = 1.0,
+        max_time: float = 0.998,
     ) -> None:
         require_at_least_one(num_steps=num_steps, noisings=noisings)
+        require(isinstance(group, int) and group >= 2, "group", group, "an integer of at least 2")
         require(largest_advantage > 0, "largest_advantage", largest_advantage, "a number above 0")
         require(0.5 < max_time < 1, "max_time", max_time, "a number in (0.5, 1)")
-        self.num_steps, self.noisings, self.max_time = num_steps, noisings, max_time
+        self.num_steps, self.noisings, self.group, self.max_time = num_steps, noisings, group, max_time
+        self.group_rows, self.group_keys = noisings * group, ("noisings", "group")
         self.largest_advantage = largest_advantage
 
     @torch.no_grad()
@@ -62,7 +71,7 @@ class ReinforceAdjointMatching(TuningMethod):
         )
         rewards = tilt.rewards(ends)
         limit = self.largest_advantage
-        advantage = (rewards - _mean_of_others(rewards)).clamp(-limit, limit)
+        advantage = (rewards - _mean_of_others(rewards, self.group)).clamp(-limit, limit)
         x1, advantage = ends[rows // self.noisings], advantage[rows // self.noisings].float()
         t = uniform_times(noise, self.max_time)
         path = LinearInterpolant().sample(noise.fold_in(Stream.OUTER).normal(*x1.shape[1:]).to(x1), x1, t)
@@ -78,6 +87,6 @@ class ReinforceAdjointMatching(TuningMethod):
         )
 
 
-def _mean_of_others(rewards: Tensor) -> Tensor:
-    """(N,) from (N,); zero for a single one."""
-    return (rewards.sum() - rewards) / max(1, len(rewards) - 1)
+def _mean_of_others(rewards: Tensor, group: int) -> Tensor:
+    """Mean of the others of each group in succession, (N,) from (N,); zero for a single one."""
+    return torch.cat([(part.sum() - part) / max(1, len(part) - 1) for part in rewards.split(group)])

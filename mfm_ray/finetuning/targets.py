@@ -16,6 +16,10 @@ Drift = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """The drift that is being tuned: (x_t (B, *event), t (B,), label (B,) or None) to (B, *event)."""
 
 
+class DivergedError(ValueError):
+    """The tuned drift has run away: its own samples, or its loss, are no numbers to go on with."""
+
+
 @dataclass(frozen=True)
 class Anchors:
     """Clean samples that states are made around, one a row.
@@ -78,12 +82,16 @@ class TuningMethod(ABC):
 
     on_policy: whether targets depend on the drift that is being tuned, so that they cannot be made ahead.
     needs_gradient: whether the reward has to be differentiable. anchors_are_data: whether anchors must be drawn from
-    the base's own law, so that chains would spoil the fixed point.
+    the base's own law, so that chains would spoil the fixed point. group_rows: rows in succession whose targets are
+    made together; how a batch is split does not matter where every part holds whole groups. group_keys: arguments that
+    make it what it is.
     """
 
     on_policy: bool = False
     anchors_are_data: bool = False
     needs_gradient: bool = False
+    group_rows: int = 1
+    group_keys: tuple[str, ...] = ()
 
     @abstractmethod
     def targets(self, tilt: Tilt, anchors: Anchors, noise: Noise, *, drift: Drift | None = None) -> DriftTargets:

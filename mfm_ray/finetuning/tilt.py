@@ -36,7 +36,8 @@ class Tilt:
     """The tilted law p(x_1) exp(multiplier * r(x_1)) / Z, p being the law of the frozen flow map.
 
     flow_map: frozen. reward: of decoded samples in data units; `multiplier` is the paper's lambda. cfg_scale: one
-    guidance scale for the draws, the frozen drift and the tuned one. log_normaliser: log Z as far as it is known
+    guidance scale for the draws, the frozen drift and the tuned one; guided_drifts: False asks both drifts without it,
+    which is the paper's code and no tilted law. log_normaliser: log Z as far as it is known
     (`with_normaliser`); a scale for weights, on which no fixed point depends. calls: what has been asked, in rows.
     """
 
@@ -44,14 +45,20 @@ class Tilt:
     reward: Reward
     multiplier: float = 1.0
     cfg_scale: float | None = None
+    guided_drifts: bool = True
     log_normaliser: float = -torch.inf
     calls: CallCounter = field(default_factory=CallCounter)
+
+    @property
+    def drift_cfg_scale(self) -> float | None:
+        """The guidance scale of the frozen drift and the tuned one."""
+        return self.cfg_scale if self.guided_drifts else None
 
     @torch.no_grad()
     def base_drift(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """b_t(x) of the frozen flow map, (B, *event)."""
         self.calls.drift += len(x_t)
-        return self.flow_map.drift(x_t, t, label=label, cfg_scale=self.cfg_scale).float()
+        return self.flow_map.drift(x_t, t, label=label, cfg_scale=self.drift_cfg_scale).float()
 
     @torch.no_grad()
     def rewards(self, x1: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mfm_ray.errors import require
 from mfm_ray.finetuning.chain import TiltedChains
 from mfm_ray.finetuning.start import steered_samples
-from mfm_ray.finetuning.targets import Anchors, DriftTargets, TuningMethod, regression_loss
+from mfm_ray.finetuning.targets import Anchors, DivergedError, DriftTargets, TuningMethod, regression_loss
 from mfm_ray.finetuning.tilt import Tilt
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.tuned import TunedFlowMap
@@ -75,7 +75,8 @@ class TuningResult:
 class Tuner:
     """Tunes a copy of `tilt.flow_map`'s drift with the data (N, *event) in model space and labels (N,) or None.
 
-    A function of `seed` and the machine's arithmetic. ValueError naming the reward for values that are not finite.
+    A function of `seed` and the machine's arithmetic. DivergedError when the tuned drift runs away; ValueError naming
+    the reward for values that are not finite.
     """
 
     def __init__(
@@ -161,7 +162,9 @@ class Tuner:
         rate = recipe.learning_rate * min(1.0, (step + 1) / max(1, recipe.warmup_steps))
         for group in self._optimizer.param_groups:
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self._spent(began))))
-        prediction = self._network.drift(targets.x_t, targets.t, label=targets.label, cfg_scale=self._tilt.cfg_scale)
+        prediction = self._network.drift(
+            targets.x_t, targets.t, label=targets.label, cfg_scale=self._tilt.drift_cfg_scale
+        )
         loss = regression_loss(prediction, targets).mean()
         self._own_calls += 2 * len(targets)
         self._optimizer.zero_grad()
@@ -172,12 +175,15 @@ class Tuner:
             decay = min(recipe.ema_decay, (step + 1) / (step + 10))
             for averaged, current in zip(self._average.parameters(), self._network.parameters(), strict=True):
                 averaged.lerp_(current, 1 - decay)
-        return float(loss.detach())
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(f"the loss of step {step} is {value}")
+        return value
 
     @torch.no_grad()
     def _drift(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         self._own_calls += len(x_t)
-        return self._network.drift(x_t, t, label=label, cfg_scale=self._tilt.cfg_scale)
+        return self._network.drift(x_t, t, label=label, cfg_scale=self._tilt.drift_cfg_scale)
 
     def _total_calls(self) -> int:
         return self.calls.total() + self._own_calls

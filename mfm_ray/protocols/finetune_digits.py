@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mfm_ray import metrics
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import build_method
+from mfm_ray.finetuning import DivergedError, build_method
 from mfm_ray.finetuning.tuner import Progress, Recipe, tune
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.metrics import Mean
@@ -225,8 +225,8 @@ def _run(
             seed=seed,
             on_step=on_step,
         )
-    except ValueError as error:  # rewards of samples that have run away: the method diverged, which the table says
-        return TuningRun(form, time.monotonic() - began, history, None, str(error).splitlines()[0])
+    except DivergedError as error:  # a result too, which the table says
+        return TuningRun(form, time.monotonic() - began, history, None, str(error))
     seconds = time.monotonic() - began
     return TuningRun(form, seconds, history, measure(result.flow_map, f"tuned, {TITLES[form]}", "mfm_gf"))
 

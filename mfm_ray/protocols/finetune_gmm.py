@@ -20,7 +20,7 @@ from torch import Tensor
 from mfm_ray import metrics
 from mfm_ray.data.datasets import GMM_MEANS, GMM_VARIANCE
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import Anchors, RewardMatching, Tilt, build_method
+from mfm_ray.finetuning import Anchors, DivergedError, RewardMatching, Tilt, build_method
 from mfm_ray.finetuning.tuner import Progress, Recipe, tune
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.interpolants import LinearInterpolant
@@ -41,8 +41,8 @@ FORMS: dict[str, dict[str, Any]] = {
         "estimator": "pathwise",
         "diffusion": 100.0,
     },
-    "adjoint_matching": {"name": "adjoint_matching"},
-    "reinforce_adjoint": {"name": "reinforce_adjoint"},
+    "adjoint_matching": {"name": "adjoint_matching", "states_per_path": 5},
+    "reinforce_adjoint": {"name": "reinforce_adjoint", "group": 64},
     "reward_weighted": {"name": "reward_weighted"},
 }
 """What is compared, by the name it has in the figures."""
@@ -287,7 +287,7 @@ def _tuned(
     seed: int,
     work: Work,
 ) -> tuple[Tuning, FlowMap | None]:
-    """A tuning and its model; a method that runs into numbers that are not finite is a result too."""
+    """A tuning and its model; that a method diverges is a result too."""
     steps: list[Progress] = []
 
     def on_step(progress: Progress) -> None:
@@ -306,8 +306,8 @@ def _tuned(
             on_step=on_step,
         )
         tuned = result.flow_map
-    except ValueError as failure:  # a reward of states that have run away: the method diverged, which the table says
-        error = str(failure).splitlines()[0]
+    except DivergedError as failure:
+        error = str(failure)
     last = steps[-1] if steps else None
     return Tuning(form, last.seconds if last else 0.0, last.calls if last else 0, steps, error), tuned
 

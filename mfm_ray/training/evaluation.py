@@ -6,6 +6,7 @@ figures join the next line of the history as `evaluation.*`, with the step that 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.data.shards import load_split
+from mfm_ray.finetuning import Adapter
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.interpolants import LinearInterpolant
 from mfm_ray.metrics import (
@@ -32,7 +34,7 @@ from mfm_ray.pretrained import CLASSIFIER_CONFIG, load_classifier, load_flow_map
 from mfm_ray.samplers import sample
 from mfm_ray.steering import Reward, score
 from mfm_ray.storage import Storage
-from mfm_ray.training.finetuning import MakeReward, copy_of
+from mfm_ray.training.finetuning import MakeReward
 from mfm_ray.training.tuned_model import BEST, BEST_FIGURES, BEST_WEIGHTS
 
 LOWER_IS_BETTER = ("frechet_distance", "drift_change")
@@ -44,11 +46,12 @@ _CLEARLY = 4.0
 class EvaluationPlan:
     """What is evaluated and how; travels to the actor.
 
-    base: the model that is tuned; data: what samples are compared with, None for no comparison; judges: by name, not
-    tuned towards. best_metric: decides which weights are kept as the best, None for none.
+    base: the model that is tuned; adapter: which of its weights; data: what samples are compared with, None for
+    nothing; judges: by name, not tuned towards. best_metric: decides which weights are kept as the best, None for none.
     """
 
     base: Storage
+    adapter: Adapter
     run: Storage
     data: Storage | None
     make_reward: MakeReward
@@ -134,9 +137,7 @@ class Evaluator:
 
     def evaluate(self, step: int, weights: dict[str, Tensor] | None) -> dict[str, float]:
         """Figures of the model with these weights of its tuned drift, those of the frozen one for None."""
-        tuned = copy_of(self._base)
-        if weights is not None:
-            tuned.load_state_dict(weights)
+        tuned = copy.deepcopy(self._base) if weights is None else self._plan.adapter.merged(self._base, weights)
         figures = {"step": float(step), **self._scores.of(TunedFlowMap(self._base, tuned.eval().requires_grad_(False)))}
         self._keep_if_best(figures, tuned)
         return figures

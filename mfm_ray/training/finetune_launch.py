@@ -15,7 +15,8 @@ from mfm_ray.config import FinetuneConfig
 from mfm_ray.data.shards import Manifest, read_manifest
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import build_method
+from mfm_ray.finetuning import TuningMethod, WholeNetwork, build_adapter, build_method
+from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import TUNED, build_network
 from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
 from mfm_ray.settings import from_dict, nearest, shown
@@ -32,24 +33,41 @@ from mfm_ray.training.launch import (
     bundled_data,
     check_training,
     is_bundled,
+    num_workers,
     train_to_the_end,
     uses_gpu,
 )
 from mfm_ray.training.session import Plan
 from mfm_ray.training.tuned_model import BEST, best_step, weights_sha256
+from mfm_ray.training.zero import split_batch
 
 
 def check_finetuning(config: FinetuneConfig) -> None:
     """Everything that can be wrong before a cluster is there: batch, method, model, data. ValueError, one line."""
     check_training(config)
-    build_method(config.method)
+    check_groups(config, build_method(config.method))
     if config.model is None:
         raise InputError("model=null: expected a model directory")
     check_model(config.model, read_model_config(config.model))
     if config.reward.get("name") == "none":
         raise InputError("reward=none: expected a reward to tune towards")
+    build_adapter(config.adapter).check(outline_of(read_model_config(config.model)))
     check_data(config, read_model_config(config.model)["data"])
     check_evaluation(config)
+
+
+def check_groups(config: FinetuneConfig, method: TuningMethod) -> None:
+    """InputError unless every micro-batch holds whole groups of the method, so that no split changes its targets."""
+    split = split_batch(
+        config.global_batch_size, num_workers=num_workers(config), micro_batch_size=config.micro_batch_size
+    )
+    if split.micro_batch_size % method.group_rows:
+        keys = " x ".join(f"method.{key}={getattr(method, key)}" for key in method.group_keys)
+        raise InputError(
+            f"micro_batch_size={split.micro_batch_size}: the targets of {method.group_rows} rows are made together "
+            f"({keys}); expected a multiple of {method.group_rows} (global_batch_size={config.global_batch_size} / "
+            f"scaling.num_workers={split.num_workers} where micro_batch_size is null)"
+        )
 
 
 def check_model(place: str, model: Mapping[str, Any]) -> None:
@@ -60,6 +78,13 @@ def check_model(place: str, model: Mapping[str, Any]) -> None:
             "model it was tuned from with both rewards (reward=weighted_sum), or a flow map distilled from it "
             "(jobs.train objective=lagrangian_teacher)"
         )
+
+
+def outline_of(model: Mapping[str, Any]) -> FlowMap:
+    """The network that a config.json describes, without its weights."""
+    space, num_classes = DataSpace.from_config(model["data"]), model["data"].get("num_classes", 0)
+    with torch.device("meta"):
+        return build_network(model["network"], space=space, num_classes=num_classes)
 
 
 def check_evaluation(config: FinetuneConfig) -> None:
@@ -210,6 +235,7 @@ def evaluation_plan(
     """What a fine-tuning is evaluated by, in the words of its configuration."""
     return EvaluationPlan(
         base=Storage(str(config.model)),
+        adapter=build_adapter(config.adapter),
         run=run,
         data=data,
         make_reward=make_reward,
@@ -233,9 +259,8 @@ def data_of(config: FinetuneConfig, base: Storage, storage: Storage, log: Log) -
 
 def tuned_config(config: FinetuneConfig, base: Mapping[str, Any], *, base_sha256: str) -> dict[str, Any]:
     """The config.json of the tuned model, and what a checkpoint must agree with to be gone on from."""
-    space, num_classes = DataSpace.from_config(base["data"]), base["data"].get("num_classes", 0)
-    with torch.device("meta"):  # its own words: a config.json may leave out what has a default
-        network = build_network(base["network"], space=space, num_classes=num_classes).config()
+    flow_map, adapter = outline_of(base), build_adapter(config.adapter)
+    network = flow_map.config()  # its own words: a config.json may leave out what has a default
     return {
         "network": {"name": TUNED, "base": network, "tuned": network},
         "interpolant": base.get("interpolant", "linear"),
@@ -246,7 +271,9 @@ def tuned_config(config: FinetuneConfig, base: Mapping[str, Any], *, base_sha256
             "reward": config.reward,
             "reward_multiplier": config.reward_multiplier,
             "method": config.method,
+            "adapter": None if isinstance(adapter, WholeNetwork) else adapter.facts(flow_map),
             "cfg_scale": config.cfg_scale,
+            "guided_drifts": None if config.guided_drifts else False,  # null, as in checkpoints of before there was it
             "label_dropout": config.label_dropout,
             "data_from_model": config.data.from_model,
         },

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mfm_ray.config import FinetuneConfig
 from mfm_ray.data.augment import AffineJitter
-from mfm_ray.finetuning import DriftTargets, Tilt, build_method, regression_loss
+from mfm_ray.finetuning import DriftTargets, Tilt, build_adapter, build_method, regression_loss
 from mfm_ray.flow_map import FlowMap
-from mfm_ray.networks import build_network
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_flow_map
 from mfm_ray.samplers import sample
@@ -59,6 +58,7 @@ class Finetuning:
             reward,
             multiplier=config.reward_multiplier,
             cfg_scale=config.cfg_scale,
+            guided_drifts=config.guided_drifts,
         )
         return FinetuningWork(plan, config, base, tilt, base_sha256=self.base_sha256)
 
@@ -68,7 +68,7 @@ class DriftCost:
     """What is known of a step's cost whatever the method: forward and backward pass of the tuned drift."""
 
     name: str = "drift"
-    forward_units: float = 3.0
+    forward_units: float = 3.0  # `Adapter.backward_units` and one
 
     def active(self, step: int) -> bool:
         return True
@@ -126,13 +126,14 @@ class FinetuningWork(Work):
     def __init__(self, plan: Plan, config: FinetuneConfig, base: FlowMap, tilt: Tilt, *, base_sha256: str) -> None:
         self._plan, self._config, self._base, self._tilt, self._sha256 = plan, config, base, tilt, base_sha256
         self._method = build_method(config.method)
-        self.flow_map = copy_of(base)
-        self.terms = [DriftCost()]
+        self._adapter = build_adapter(config.adapter)
+        self.flow_map = self._adapter.trainable(base, seed=config.seed)
+        self.terms = [DriftCost(forward_units=1 + self._adapter.backward_units)]
         self.evaluate_every, self.stop_on_hacking = config.evaluate_every, config.stop_on_hacking
         self.columns = TuningModule.COLUMNS
         self.module: TuningModule = TuningModule(
             self.flow_map,
-            cfg_scale=config.cfg_scale,
+            cfg_scale=tilt.drift_cfg_scale,
             precision=config.precision,
             multiplier=config.reward_multiplier,
         )
@@ -186,9 +187,7 @@ class FinetuningWork(Work):
         )
 
     def model(self, weights: Mapping[str, Tensor], device: torch.device) -> FlowMap:
-        tuned = copy_of(self._base)
-        tuned.load_state_dict(weights)
-        return TunedFlowMap(self._base, tuned.to(device).eval())
+        return TunedFlowMap(self._base, self._adapter.merged(self._base, weights).to(device).eval())
 
     def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Samples of the frozen and of the tuned drift, from the same noise."""
@@ -214,10 +213,3 @@ class FinetuningWork(Work):
         if square is not None:
             means["weights.effective_share"] = means["weights.mean"] ** 2 / square if square > 0 else 0.0
         return means
-
-
-def copy_of(flow_map: FlowMap) -> FlowMap:
-    """A trainable network with the weights of a frozen one, on the same device."""
-    copy = build_network(flow_map.config(), space=flow_map.space, num_classes=flow_map.num_classes)
-    copy.load_state_dict(flow_map.state_dict())
-    return copy.to(next(flow_map.parameters()).device)

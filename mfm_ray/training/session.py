@@ -116,7 +116,7 @@ def set_up(plan: Plan) -> Training:
             offload=config.zero.offload,
             split=split,
             gradient_clipping=config.gradient_clipping,
-            num_parameters=sum(parameter.numel() for parameter in work.flow_map.parameters()),
+            num_parameters=sum(each.numel() for each in work.flow_map.parameters() if each.requires_grad),
             cuda=plan.cuda,
         ),
         gradient_clipping=config.gradient_clipping,

@@ -10,9 +10,8 @@ from typing import Any
 
 import safetensors.torch
 
-from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
-from mfm_ray.networks import build_network
+from mfm_ray.finetuning import build_adapter
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import (
     CLASSIFIER_CONFIG,
@@ -25,7 +24,14 @@ from mfm_ray.pretrained import (
 from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointModel
 
+_ADAPTED = """
+
+Of the {parameters:,} weights only corrections of rank {rank} of {layers} layers were tuned, {tuned_parameters:,}
+numbers (`{name}`, alpha {alpha:g}); they are merged into the weights."""
 _OTHER_LAW = "With `method.diffusion` given they follow another law, pushed further towards the reward. "
+_UNGUIDED = "Draws were made with a guidance scale and the drift was tuned without one. "
+_MERGED = {"name": "none"}
+"""The adapter of weights that are those of the whole network, as evaluations keep the best ones."""
 BEST, BEST_WEIGHTS, BEST_FIGURES = "best", "weights.safetensors", "figures.json"
 _ABOUT = """
 ## What was tuned
@@ -36,7 +42,7 @@ meant to follow
 
     p(x) exp({multiplier:g} r(x)) / Z,
 
-p being the law of the model before tuning. {caveat}Its cost is that of the model before tuning.
+p being the law of the model before tuning. {caveat}Its cost is that of the model before tuning.{adapter}
 
 Its posterior draws are still those of the model before tuning, p(x_1 | x_t): they come from the frozen map, which lies
 in this folder too. Steering this model adds a further reward to the tuned drift, by draws of the law before tuning.
@@ -64,19 +70,18 @@ def build_tuned(found: CheckpointModel) -> TunedFlowMap:
     base_model, wanted = Storage(found.state.config["model"]), found.state.model["tuning"]["base_sha256"]
     if weights_sha256(base_model) != wanted:
         raise InputError(f"model={base_model}: other weights than those that were tuned (SHA-256 {wanted[:12]}...)")
-    data = found.state.model["data"]
-    tuned = build_network(
-        found.state.model["network"]["tuned"], space=DataSpace.from_config(data), num_classes=data["num_classes"]
-    )
-    tuned.load_state_dict(found.state_dict)
-    return TunedFlowMap(load_flow_map(base_model), tuned)
+    base = load_flow_map(base_model)
+    # a checkpoint of before there were adapters says nothing of them
+    adapter = build_adapter(found.state.config.get("adapter", _MERGED))
+    return TunedFlowMap(base, adapter.merged(base, found.state_dict))
 
 
 def with_best(found: CheckpointModel, best: Storage) -> CheckpointModel:
     """The same with the best weights of the run's evaluations in the place of the last, and their figures."""
     figures = best.read_json(BEST_FIGURES)
     told = {f"evaluation.{name}": value for name, value in figures.items()}
-    state = replace(found.state, step=int(figures["step"]), figures={**found.state.figures, **told})
+    config = {**found.state.config, "adapter": _MERGED}
+    state = replace(found.state, config=config, step=int(figures["step"]), figures={**found.state.figures, **told})
     return replace(found, state_dict=safetensors.torch.load(best.read_bytes(BEST_WEIGHTS)), state=state)
 
 
@@ -118,6 +123,7 @@ def tuning_summary(found: CheckpointModel) -> dict[str, Any]:
         "zero_stage": state.stage,
         "base_model": state.config["model"],
         "base_sha256": state.model["tuning"]["base_sha256"],
+        "adapter": state.model["tuning"].get("adapter"),
         **{key: state.config[key] for key in (*told, "optimizer", "precision", "seed")},
         "ema_decay": found.decay,
         "data_sha256": state.data_sha256,
@@ -126,12 +132,18 @@ def tuning_summary(found: CheckpointModel) -> dict[str, Any]:
 
 def tuning_card(found: CheckpointModel) -> str:
     """What the card of a tuned model says beyond that of any model."""
-    config = found.state.config
+    config, adapter = found.state.config, found.state.model["tuning"].get("adapter")
     return _ABOUT.format(
         base=config["model"],
         sha256=found.state.model["tuning"]["base_sha256"][:12],
         method=json.dumps(config["method"]),
         reward=json.dumps(config["reward"]),
         multiplier=config["reward_multiplier"],
-        caveat=_OTHER_LAW if config["method"].get("diffusion") is not None else "",
+        caveat="".join(
+            [
+                _OTHER_LAW if config["method"].get("diffusion") is not None else "",
+                _UNGUIDED if config["cfg_scale"] is not None and not config.get("guided_drifts", True) else "",
+            ]
+        ),
+        adapter="" if adapter is None else _ADAPTED.format(**adapter),
     )

@@ -241,7 +241,8 @@ class ZeroEngine:
         return [shard.detach() for shard in optimizer.single_partition_of_fp32_groups]
 
     def full_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Every entry of the state dict of `module` (a part of the engine's), whole, one after another.
+        """Every entry of the state dict of `module` (a part of the engine's), whole, one after another; without
+        frozen parameters, which are those of whatever model they were taken from.
 
         Trainable parameters are read from the float32 shards. At most one of them is whole at a time; each is
         valid until the next is asked for. Collective: all ranks must exhaust it.
@@ -251,7 +252,9 @@ class ZeroEngine:
 
         for name, tensor in module.state_dict(keep_vars=True).items():
             full = None
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and self.stage > 0:
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                continue
+            if isinstance(tensor, nn.Parameter) and self.stage > 0:
                 full = safe_get_full_fp32_param(tensor)
             if full is not None:
                 yield name, full.detach()

@@ -41,7 +41,9 @@ _OF_ANY_TRAINING = (
     "precision",
 )
 TRAIN = Sweepable(groups=("network", "objective"), keys=("optimizer", "augmentation", *_OF_ANY_TRAINING))
-FINETUNE = Sweepable(groups=("method",), keys=("reward_multiplier", "anchors", "optimizer", *_OF_ANY_TRAINING))
+FINETUNE = Sweepable(
+    groups=("method", "adapter"), keys=("reward_multiplier", "anchors", "optimizer", *_OF_ANY_TRAINING)
+)
 PERTURBED = ("optimizer.learning_rate", "gradient_clipping", "objective.", "augmentation.")
 """What may change in the middle of a training: nothing of this is part of a checkpoint."""
 

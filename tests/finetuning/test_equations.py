@@ -241,7 +241,7 @@ def test_every_compared_form_can_be_built(form):
         ({"name": "mfm_ft", "estimator": "pathwise"}, "estimator=pathwise: expected score with baseline=anchored"),
         ({"name": "mfm_ft", "baseline": "mean"}, "baseline=mean: expected one of anchored, leave_one_out, none"),
         ({"name": "mfm_ft", "baseline": "none", "diffusion": 1.0}, "diffusion=1.0: expected null unless"),
-        ({"name": "adjoint_matching", "num_steps": 3}, "states_per_path=5: expected at most num_steps=3"),
+        ({"name": "adjoint_matching", "num_steps": 3}, "states_per_path=4: expected at most num_steps=3"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused_by_name(arguments, message):

@@ -22,7 +22,7 @@ from mfm_ray.config import FINETUNE_PRESETS, FinetuneConfig, load_config
 from mfm_ray.data.datasets import digits
 from mfm_ray.data.shards import write_shards
 from mfm_ray.errors import InputError
-from mfm_ray.finetuning import build_method
+from mfm_ray.finetuning import LowRank, build_method
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 from mfm_ray.storage import Storage
@@ -66,6 +66,8 @@ def test_the_papers_recipe_is_a_preset_that_words_win_over() -> None:
     }
     assert (config.optimizer.name, config.optimizer.learning_rate) == ("radam", 1e-4)
     assert (config.precision, config.gradient_clipping, config.ema_decay) == ("bf16", 1.5, 0.999)
+    assert (config.guided_drifts, config.label_dropout, config.max_steps) == (False, 0, 10_000)
+    assert (config.evaluate_samples, config.evaluate_steps) == (512, 250)
     assert config.warmup_steps == 3
     assert set(FINETUNE_PRESETS) == {"paper"}
 
@@ -82,6 +84,17 @@ def test_the_papers_recipe_is_a_preset_that_words_win_over() -> None:
         (["method.num_draws=0"], "num_draws=0: expected an integer of at least 1"),
         (["method.diffusion=3"], "diffusion=3: expected null unless estimator=pathwise"),
         (["method.estimator=mixed"], "estimator=mixed: expected score with baseline=anchored"),
+        (["adapter=lor"], "adapter=lor: expected one of lora, none"),
+        (
+            ["adapter=lora", "adapter.targets=[qkv]"],
+            "adapter.targets=qkv: no linear layer or convolution of this model",
+        ),
+        (["adapter=lora", "adapter.rank=0"], "rank=0: expected an integer of at least 1"),
+        (["method=adjoint_matching", "global_batch_size=20"], "micro_batch_size=10: the targets of 4 rows are made "),
+        (
+            ["method=reinforce_adjoint", "micro_batch_size=32"],
+            "(method.noisings=8 x method.group=8); expected a multip",
+        ),
         (["+method.draws=2"], "method.draws: unknown key; expected "),
         (["preset=papr"], "preset=papr: expected one of paper, or null; did you mean paper?"),
         (["cfg_scale=2.5"], "cfg_scale=2.5: expected one of null alone: this model has none"),
@@ -225,6 +238,40 @@ def test_the_tuned_model_is_read_by_everything_that_reads_models(
     assert samples.images.shape == (8, 1, 8, 8)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("best_metric", ["null", "drift_change"])
+def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
+    storage: Path, tiny_models: dict[str, str], best_metric: str
+) -> None:
+    name = f"adapted-{best_metric}"
+    words = [f"name={name}", "adapter=lora", "adapter.rank=2", "max_steps=12", f"best_metric={best_metric}"]
+    done = run(storage, tiny_models["tiny"], *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tuned, base = load_flow_map(storage / name / "model"), load_flow_map(tiny_models["tiny"])
+    assert isinstance(tuned, TunedFlowMap)
+    facts = read_model_config(storage / name / "model")["training"]["adapter"]
+    assert facts == LowRank(rank=2).facts(base)
+    assert f"{facts['tuned_parameters']:,}\nnumbers" in (storage / name / "model" / "README.md").read_text()
+    change = {key: tensor - base.state_dict()[key] for key, tensor in tuned.tuned.state_dict().items()}
+    if best_metric == "drift_change":  # least at step 0
+        assert not any(tensor.any() for tensor in change.values())
+        return
+    changed = {key for key, tensor in change.items() if tensor.any()}
+    layers = {f"{layer}.weight" for layer in LowRank(rank=2).layers(base)}
+    assert changed <= layers
+    # beyond the rounding of weights that something was added to
+    ranks = [int(torch.linalg.matrix_rank(change[key].flatten(1), atol=1e-5, rtol=0.0)) for key in changed]
+    assert 1 <= max(ranks) <= 2
+    checkpoint = newest_checkpoint(Storage(storage / name))
+    assert checkpoint is not None
+    kept = safetensors.torch.load(checkpoint.read_bytes("ema_model.safetensors"))
+    sizes = [tensor.numel() for key, tensor in kept.items() if ".lora_" in key]
+    assert sum(sizes) == facts["tuned_parameters"]
+    assert not any(".base_layer." in key for key in kept)
+
+
 @pytest.mark.ray
 def test_a_tuned_model_is_not_tuned_again(storage: Path, whole: subprocess.CompletedProcess[str]) -> None:
     with pytest.raises(InputError, match=r"is a tuned model, .*expected the model it was tuned from with both rewards"):
@@ -290,6 +337,42 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights_to_the_bit(
     assert exported.returncode == 0, exported.stdout + exported.stderr
     again = safetensors.torch.load_file(storage / "exported" / "model" / "model.safetensors")
     assert [name for name, tensor in actual.items() if not torch.equal(tensor, again[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_run_ends_when_the_reward_rises_while_a_judge_falls(storage: Path, tiny_models: dict[str, str]) -> None:
+    most = 20_000
+    words = [
+        "name=hacking",
+        "reward.target=0.8",
+        "reward.scale=0.1",
+        "judges=[{name: brightness, target: 0.1, scale: 0.1}]",
+        "stop_on_hacking=true",
+        "optimizer.learning_rate=0.01",
+        "evaluate_every=40",
+        "best_metric=judge.brightness",
+        "checkpoint_every=1000",
+        "sample_every=0",
+        f"max_steps={most}",
+    ]
+    done = run(storage, tiny_models["tiny"], *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((storage / "hacking" / "result.json").read_text())
+    ended = result["metrics"]["step"]
+    assert ended < most
+    line = f"ended at step {ended} of {most}: a judge falls while the reward rises"
+    assert line in done.stdout.splitlines()
+    assert result["metrics"]["evaluation.hacked"] == 1
+    evaluations = [each for each in history(storage / "hacking") if "evaluation.step" in each]
+    first, last = evaluations[0], evaluations[-1]
+    assert last["evaluation.reward"] > first["evaluation.reward"]
+    assert last["evaluation.judge.brightness"] < first["evaluation.judge.brightness"]
+    # the judge was at its best before anything was tuned, and those weights are the model
+    best = max(evaluations, key=lambda each: each["evaluation.judge.brightness"])["evaluation.step"]
+    assert f"the model is that of step {int(best)}, the best by judge.brightness" in done.stdout.splitlines()
+    assert read_model_config(storage / "hacking" / "model")["training"]["steps"] == best
 
 
 @pytest.mark.slow

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ray import serve
 
+from jobs import served_reward
 from jobs.contract import JobRun
-from jobs.finetune import body, check
+from jobs.finetune import LocalReward, body, check
+from jobs.served_reward import ServedReward
+from jobs.served_reward import _line_to as line_to
+from jobs.workbench import Workbench
 from mfm_ray.config import FinetuneConfig, load_config
 from mfm_ray.errors import InputError
+from mfm_ray.steering.reward_gradient import evaluate
 from mfm_ray.storage import Storage
+from serve.direct import UnreachableError
 from serve.models import read_models
+from serve.remote_reward import Line
 from serve.reward import reward_deployment
 from serve.settings import RewardSettings
 
@@ -70,6 +78,38 @@ def test_a_served_reward_gives_the_losses_of_a_local_one_to_the_bit(
     served = configured(tiny_models, f"reward_app={rewards}")
     check(served)
     assert losses(served, tmp_path / "served") == losses(configured(tiny_models), tmp_path / "local")
+
+
+def test_workers_ask_replicas_directly_and_through_serve_where_that_fails_to_the_same_bit(
+    rewards: str, tiny_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(tiny_models, f"reward_app={rewards}")
+    torch.manual_seed(0)
+    samples, weight = torch.rand(7, 1, 8, 8), torch.randn(7)
+    lines: list[Line] = []
+    monkeypatch.setattr(served_reward, "_line_to", lambda *of, **how: lines.append(line_to(*of, **how)) or lines[-1])
+    ways: dict[str, Any] = {"local": LocalReward(Workbench(config.model).reward(config.reward, seed=config.seed))()}
+    ways |= {name: ServedReward.of(config)() for name in ("direct", "fallback")}
+    directly, fallback = lines
+    assert directly._direct is not None
+    directly._direct.refresh()
+    directly._handle = None  # nothing else can answer
+    monkeypatch.setattr(fallback, "_direct", Unreachable())
+    results = {}
+    for name, reward in ways.items():
+        x = samples.clone().requires_grad_()
+        values = evaluate(reward, x)
+        results[name] = values.detach(), *torch.autograd.grad((weight * values).sum(), x), reward(samples)
+    for name in ("direct", "fallback"):
+        assert all(torch.equal(own, local) for own, local in zip(results[name], results["local"], strict=True)), name
+    directly._direct.close()
+
+
+class Unreachable:
+    """No replica can be reached directly."""
+
+    def call(self, *_: Any) -> Any:
+        raise UnreachableError("no replica is known")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from mfm_ray.data.datasets import Split
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.networks.classifier import DigitClassifier
+from mfm_ray.networks.gaussian import LinearObservation
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
 from mfm_ray.protocols import build_protocol
 from mfm_ray.protocols.digits import Material
@@ -127,3 +128,26 @@ def test_a_model_of_images_is_refused_by_the_mixture():
     flow_map = ResidualMLPFlowMap(space=DataSpace("image", (1, 8, 8)), width=16, num_blocks=1)
     with pytest.raises(InputError, match="expected \\[2\\]"):
         evaluate_finetune_gmm(settings("finetune_gmm"), flow_map, **QUIET)
+
+
+def test_a_method_that_diverges_is_told_and_every_other_error_surfaces(monkeypatch):
+    torch.manual_seed(0)
+    flow_map = ResidualMLPFlowMap(space=DataSpace("coordinates", (2,)), width=16, num_blocks=1)
+    small = settings(
+        "finetune_gmm",
+        methods=["reinforce_adjoint"],
+        max_calls=1_000_000,
+        batch_size=16,
+        fixed_points=0,
+        learning_rate=1e4,
+        num_samples=64,
+        num_seeds=2,
+        floor_pairs=2,
+        num_steps=4,
+    )
+    diverged = evaluate_finetune_gmm(small, flow_map, **QUIET)
+    assert diverged.tunings[0].error.startswith(("the tuned drift ran away", "the loss of step"))
+    assert "diverged" in finetune_gmm_report(diverged, PROVENANCE)
+    monkeypatch.setattr(LinearObservation, "__call__", lambda self, x: x.sum(1) * torch.nan)
+    with pytest.raises(ValueError, match="returned NaN or infinity"):
+        evaluate_finetune_gmm(small, flow_map, **QUIET)

@@ -66,3 +66,49 @@ def test_one_callers_samples_are_not_anothers_error(gate):
         bad.result(30)
     assert batcher.healthy
     batcher.close()
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def order(gate, submitted, *, patience_s, max_rows=100):
+    """Keys and rows in the order of their evaluation; submitted: (time, key, background), 2 rows each."""
+    clock = Clock()
+    batcher = Batcher(gate, max_rows=max_rows, name="test", patience_s=patience_s, clock=clock)
+    futures = [batcher.submit("running", rows(1))]
+    while batcher.waiting_rows:
+        pass
+    for clock.now, key, background in submitted:
+        futures.append(batcher.submit(key, rows(2), background=background))
+    gate.open.set()
+    for future in futures:
+        future.result(30)
+    batcher.close()
+    return gate.seen[1:]
+
+
+def test_calls_in_the_background_let_pass_what_comes_soon_after_them_and_nothing_later(gate):
+    training, sampler = True, False
+    submitted = [(0.0, "t", training), (0.5, "a", sampler), (0.9, "b", sampler), (1.5, "c", sampler)]
+    assert [key for key, _ in order(gate, submitted, patience_s=1.0)] == ["a", "b", "t", "c"]
+
+
+def test_no_stream_of_samplers_however_dense_keeps_a_training_waiting(gate):
+    submitted = [(0.0, "t", True), *((0.01 * number, f"s{number}", False) for number in range(1, 500))]
+    keys = [key for key, _ in order(gate, submitted, patience_s=1.0)]
+    assert keys.index("t") == 99  # after those of the second that it lets pass
+
+
+def test_calls_in_the_background_keep_their_own_order_and_share_evaluations_with_each_other_alone(gate):
+    submitted = [(0.0, "x", True), (0.1, "x", True), (0.2, "x", False), (0.3, "x", False), (0.4, "y", True)]
+    assert order(gate, submitted, patience_s=10.0) == [("x", 4), ("x", 4), ("y", 2)]
+
+
+def test_without_patience_calls_are_answered_as_they_come(gate):
+    submitted = [(0.0, "t", True), (0.5, "a", False)]
+    assert [key for key, _ in order(gate, submitted, patience_s=0.0)] == ["t", "a"]

@@ -86,8 +86,9 @@ class Gate:
         if is_open:
             self.open.set()
 
-    def __call__(self, method, model, params, samples):
+    def __call__(self, method, model, params, samples, background):
         self.count += 1
+        self.background = background
         self.asked.set()
         future = Future()
 
@@ -364,3 +365,31 @@ def test_the_backlog_is_a_mean_over_the_time_since_it_was_last_asked_for():
     assert (backlog.rows, backlog.calls) == (0, 0)
     now[0] = 5.0
     assert backlog.means() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_line_in_the_background_says_so_directly_and_through_the_handle(background):
+    gate = Gate()
+    handle = Replicas(gate.listen())
+    given = []
+    handle.remote = lambda *arguments: given.append(arguments[3:]) or handle
+    path = DirectPath(handle, name="test", timeout_s=20, background=background)
+    OPENED.append(path)
+    line = Line(handle, name="test", timeout_s=20, attempts=1, direct=path, background=background)
+    path.refresh()
+    line.call("value", "m", "{}", SAMPLES)
+    assert gate.background is background
+    handle.listeners.clear()
+    path.refresh()
+    line.call("value", "m", "{}", SAMPLES)
+    assert given == [(True,) if background else ()]
+
+
+def test_a_request_whose_background_is_no_truth_value_closes_its_connection():
+    gate = Gate()
+    connection = connect(gate.listen().address, within_s=5)
+    OPENED.append(connection)
+    meta = {"method": "value", "model": "m", "params": "{}", "background": "yes"}
+    connection.send(Kind.REQUEST, meta, [SAMPLES], within_s=5)
+    assert connection.receive(Kind.ANSWER, limits=CALL, within_s=20) is None
+    assert gate.count == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import concurrent.futures
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +31,7 @@ from serve.app import build_app
 from serve.catalogue import RewardSource, defaults
 from serve.direct import DirectPath
 from serve.generation import Failed, Finished
-from serve.models import ModelCard
+from serve.models import ModelCard, read_models
 from serve.pictures import decode_png, encode_png
 from serve.remote_reward import Line, RemoteReward
 from serve.resolve import Resolver
@@ -93,7 +95,7 @@ def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest
             "sampler": {**SMALL, "models_in_memory": 1, "max_rows": ROWS_OF_ENDLESS},
             "ingress": {**SMALL, "num_replicas": 2},
             "rewards": [
-                {"name": "symmetry", **SMALL},
+                {"name": "symmetry", **SMALL, "patience_s": 60},
                 {"name": "brightness", "placement": "colocated"},
                 {
                     "name": "class_probability",  # a reward that no machine here can have
@@ -183,6 +185,35 @@ def test_steering_by_a_reward_in_another_process_changes_no_bit(served: Served, 
     assert torch.equal(local.images, remote.images)
     assert torch.equal(local.rewards, remote.rewards)
     if transport == "direct":
+        path.close()
+
+
+def test_a_call_of_a_sampler_passes_those_of_a_training_that_wait_at_the_same_replica(served: Served) -> None:
+    handle, calls, rows = serve.get_deployment_handle("reward_symmetry", APP), 16, 30_000
+    paths = [DirectPath(handle, name="symmetry", timeout_s=60, background=background) for background in (True, False)]
+    for path in paths:
+        path.refresh()
+    training, sampler = (
+        Line(None, name="symmetry", timeout_s=60, attempts=1, direct=path, background=path is paths[0])
+        for path in paths
+    )
+    params = canonical(defaults("symmetry", read_models({"tiny": served.models["tiny"]})["tiny"]))
+    samples = np.random.default_rng(0).random((rows, 1, 8, 8), np.float32)
+    expected = sampler.call("value_and_gradient", "tiny", params, samples[:4])
+    with concurrent.futures.ThreadPoolExecutor(calls) as pool:
+        asked = [pool.submit(training.call, "value_and_gradient", "tiny", params, samples) for _ in range(calls)]
+        while handle.record_autoscaling_stats.remote().result(timeout_s=30)["rows"] < 8 * rows:
+            time.sleep(0.02)
+            assert not all(call.done() for call in asked), "they never waited together"
+        before = sum(call.done() for call in asked)
+        answer = sampler.call("value_and_gradient", "tiny", params, samples[:4])
+        passed = sum(call.done() for call in asked) - before
+        answers = [call.result() for call in asked]
+    # in the order of their coming it would have been the last of at least eight
+    assert passed <= 3
+    assert all(np.array_equal(one, other) for one, other in zip(answer, expected, strict=True))
+    assert all(np.array_equal(part[:4], own) for each in answers for part, own in zip(each, expected, strict=True))
+    for path in paths:
         path.close()
 
 

@@ -6,6 +6,7 @@ Two groups of processes (one and two workers, gloo) run every case; Ray is not n
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
@@ -28,6 +29,7 @@ from mfm_ray.finetuning import (
     METHODS,
     Anchors,
     DriftTargets,
+    LowRank,
     Tilt,
     TiltedChains,
     TuningMethod,
@@ -41,7 +43,7 @@ from mfm_ray.pretrained import load_flow_map, save_model
 from mfm_ray.rewards import LinearGaussian
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
-from mfm_ray.training.finetuning import NORMALISER_ROWS, Finetuning, copy_of
+from mfm_ray.training.finetuning import NORMALISER_ROWS, Finetuning
 from mfm_ray.training.loop import training_step
 from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
@@ -66,6 +68,7 @@ class Case:
     baseline: str = "leave_one_out"
     from_model: bool = False
     start_steps: int = 0
+    rank: int = 0
 
 
 CASES = {
@@ -79,8 +82,18 @@ CASES = {
     "steered": Case(start_steps=3, baseline="anchored", same_as="steered_in_two"),
     "steered_in_two": Case(start_steps=3, baseline="anchored", world_size=2, accumulation=2, same_as="steered"),
     "model_in_two": Case(from_model=True, world_size=2, same_as="model"),
+    "adjoint": Case(method="adjoint_matching", same_as="adjoint_shared"),
+    "adjoint_shared": Case(method="adjoint_matching", stage=3, world_size=2, accumulation=2, same_as="adjoint"),
+    "reinforce": Case(method="reinforce_adjoint", same_as="reinforce_shared"),
+    "reinforce_shared": Case(method="reinforce_adjoint", world_size=2, accumulation=2, same_as="reinforce"),
+    "adapted": Case(rank=2, same_as="adapted_sharded"),
+    "adapted_sharded": Case(rank=2, stage=3, world_size=2, accumulation=2, same_as="adapted"),
 }
-RESUMED = ("one", "two", "sharded")
+ARGUMENTS = {
+    "adjoint_matching": {"num_steps": 4, "states_per_path": 2},
+    "reinforce_adjoint": {"num_steps": 4, "noisings": 2, "group": 2},
+}
+RESUMED = ("one", "two", "sharded", "adapted_sharded")
 
 
 class HalfWay(TuningMethod):
@@ -117,6 +130,7 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
         "reward=brightness",  # names a reward; the task brings its own
         f"data.from_model={case.from_model}".lower(),
         "label_dropout=0.3",
+        *(["adapter=lora", f"adapter.rank={case.rank}"] if case.rank else []),
         f"method.baseline={case.baseline}",
         f"method.estimator={'score' if case.baseline == 'anchored' else 'mixed'}",
         "anchors.chains=2",
@@ -135,7 +149,8 @@ def settings(case: Case, folder: Path) -> dict[str, Any]:
         f"scaling.num_workers={case.world_size}",
     ]
     config = to_dict(load_config("finetune", words))
-    return {**config, "method": config["method"] if case.method == "mfm_ft" else {"name": case.method}}
+    rival = {"name": case.method, **ARGUMENTS.get(case.method, {})}
+    return {**config, "method": config["method"] if case.method == "mfm_ft" else rival}
 
 
 def plan_of(case: Case, folder: Path, make_reward: Any = reward) -> Plan:
@@ -269,7 +284,7 @@ def written_out(folder: Path) -> dict[str, Any]:
     config = from_dict(FinetuneConfig, settings(Case(), folder))
     rows, space = load_split(folder / "data", "train"), DataSpace("coordinates", (2,))
     base = load_flow_map(folder / "base")
-    tuned = copy_of(base)
+    tuned = copy.deepcopy(base).requires_grad_(True)
     tilt = Tilt(base, reward()).with_normaliser(space.to_model_space(rows.data[:NORMALISER_ROWS]))
     method, order = build_method(config.method), SampleOrder(num_rows=90, seed=0, global_batch_size=ROWS)
     chains = TiltedChains(rows=ROWS, event_shape=(2,), chains=2, restart=config.anchors.restart)
@@ -342,6 +357,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             assert torch.equal(rank["resumed_ema"][key], tensor), key
         for key, tensor in rank["chains"].items():
             assert torch.equal(rank["resumed_chains"][key].nan_to_num(), tensor.nan_to_num()), key
+
+
+def test_of_an_adapted_network_only_the_corrections_are_trained_averaged_and_kept(
+    folder: Path, results: dict[str, list[dict[str, Any]]]
+) -> None:
+    base = load_flow_map(folder / "base")
+    adapter = LowRank(rank=2)
+    for name in ("adapted", "adapted_sharded"):
+        for kept in (results[name][0][source] for source in ("weights", "ema")):
+            buffers = {key for key, _ in base.named_buffers(recurse=True)}
+            corrections = {key: tensor for key, tensor in kept.items() if key not in buffers}
+            assert all(".lora_" in key for key in corrections)
+            assert sum(each.numel() for each in corrections.values()) == adapter.facts(base)["tuned_parameters"]
+            merged = adapter.merged(base, kept)
+            assert not torch.equal(merged.network.project.weight, base.network.project.weight)
 
 
 def test_a_reward_that_fails_on_one_worker_ends_all_of_them_with_its_name(

@@ -9,7 +9,7 @@ import pytest
 from jobs import training_sweep
 from mfm_ray.config import TrainSweepConfig, load_config, to_dict
 from mfm_ray.errors import InputError
-from mfm_ray.tuning.training_space import train_words, training_settings
+from mfm_ray.tuning.training_space import FINETUNE, train_words, training_settings
 
 
 def settings_of(*words: str) -> dict[str, Any]:
@@ -38,6 +38,14 @@ def test_a_point_is_what_the_command_line_would_make_of_it(point: dict[str, Any]
     if point.get("network") == "unet":  # the recipe's width is no key of this network; Hydra would add it
         wanted["network"].pop("width", None)
     assert found == wanted
+
+
+def test_adapters_are_swept_like_methods() -> None:
+    def tuned(*words: str) -> dict[str, Any]:
+        return to_dict(load_config("finetune", ["model=m", "reward=symmetry", *words]))
+
+    found = training_settings(tuned(), {"adapter": "lora", "adapter.rank": 4, "method.num_draws": 2}, FINETUNE)
+    assert found == tuned("adapter=lora", "adapter.rank=4", "method.num_draws=2")
 
 
 @pytest.mark.parametrize(
