@@ -112,6 +112,7 @@ def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int
             load=SamplerOfModel(config.model, workers.device, wanted_distances(config), config.data_path),
             rungs=plan.pruning.rungs,
             pictures=run.storage.child(PICTURES),
+            objectives=tuple(config.objectives),
             threads=max(1, int(workers.resources.get("CPU", 1.0))),
         )
         return run_sweep(

@@ -49,12 +49,14 @@ class TrialSampler(Protocol):
 @dataclass(frozen=True)
 class TrialSpec:
     """What all trials share. load: to a model, once a worker; rungs: numbers of samples after which a trial reports,
-    rising; pictures: where the first images of each trial go; threads: of torch.
+    rising; pictures: where the first images of each trial go; objectives: metrics that every trial must have; threads:
+    of torch.
     """
 
     load: Callable[[], TrialSampler]
     rungs: Sequence[int]
     pictures: Storage
+    objectives: Sequence[str] = ()
     threads: int = 1
 
 
@@ -95,7 +97,7 @@ class SamplingTrial(tune.Trainable):
         return {**about, **measured, FIDELITY: wanted, "done": self._rung == len(self._spec.rungs)}
 
     def _measure(self) -> dict[str, float]:
-        """All metrics of the samples so far. InputError naming one that is not finite: it can be compared to none."""
+        """All metrics of the samples so far. InputError naming one that others could not be compared with."""
         images = torch.cat([part.images for part in self._drawn]).cpu()
         if not bool(images.isfinite().all()):
             raise InputError("samples: not finite, expected finite numbers")
@@ -104,6 +106,9 @@ class SamplingTrial(tune.Trainable):
         for name, value in measured.items():
             if not math.isfinite(value):
                 raise InputError(f"{name}: {value}, expected a finite number")
+        for name in self._spec.objectives:
+            if name not in measured:
+                raise InputError(f"{name}: not measured; expected a max_nfe that leaves a steered step")
         return measured
 
     def _keep_picture(self, images: Tensor) -> None:

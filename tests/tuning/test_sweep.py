@@ -58,6 +58,8 @@ def arithmetic_sampler() -> Any:
                     return Samples(
                         images=torch.rand(count, 1, 2, 2), rewards=torch.zeros(count), nfe=2.0, calls={}, judges=judged
                     )
+                if settings["x"] == "unsteered":
+                    return Samples(images=torch.rand(count, 1, 2, 2), rewards=None, nfe=1.0, calls={})
                 noise = torch.arange(first_image, first_image + count) % 2 - 0.5
                 rewards = noise - (settings["x"] - 5) ** 2
                 return Samples(images=torch.rand(count, 1, 2, 2), rewards=rewards, nfe=2.0, calls={})
@@ -90,6 +92,7 @@ def sweep(ray_session: None, tmp_path: Path) -> Sweep:
             load=arithmetic_sampler(),
             rungs=rungs,
             pictures=run.child("pictures"),
+            objectives=["reward"],
         )
         records = run_sweep(
             plan,
@@ -117,12 +120,19 @@ def test_trials_share_the_model_of_their_worker_and_leave_records(sweep: Sweep, 
 
 
 def test_a_failing_trial_is_recorded_with_its_reason_and_ends_nothing(sweep: Sweep, tmp_path: Path) -> None:
-    records, plan = sweep([1.0, "refused", "broken", 2.0, "no number"])
-    assert [records[index].status for index in range(5)] == ["ok", "refused", "lost", "ok", "refused"]
+    records, plan = sweep([1.0, "refused", "broken", 2.0, "no number", "unsteered"])
+    assert [records[index].status for index in range(6)] == ["ok", "refused", "lost", "ok", "refused", "refused"]
     assert records[1].reason == "x=refused: expected a number"
     assert "out of memory" in str(records[2].reason)
     assert records[4].reason == "judge.kind: nan, expected a finite number"
-    assert sorted(finished_trials(Storage(tmp_path), plan)) == [0, 1, 3, 4]  # a lost trial may go better the next time
+    assert str(records[5].reason).startswith("reward: not measured")
+    assert sorted(finished_trials(Storage(tmp_path), plan)) == [
+        0,
+        1,
+        3,
+        4,
+        5,
+    ]  # a lost trial may go better the next time
 
 
 @pytest.mark.parametrize(
