@@ -4,7 +4,7 @@ difference from it."""
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.cluster import num_gpus, ray_cluster
@@ -57,11 +57,12 @@ def body(run: JobRun) -> Outcome:
         run.log(f"{ended} of {len(plan.points)} trials are there already, {len(known) - ended} were begun")
     prepared = _swept(config).prepare(run, _typed_trials(config))
     records = _run_missing(run, plan, known, prepared)
-    models = {index: _write_model(run, index, prepared.judge) for index in kept_trials(records, plan)}
+    models = _write_models(run, kept_trials(records, plan), prepared.judge)
     settings = {index: _as_trained(run, index, value) for index, value in trial_settings(config).items()}
     outcome = finish_sweep(run, settings, records, began=began, models=models)
-    best = next(iter(models.values()))
-    return dataclasses.replace(outcome, artifacts={"model": best, **outcome.artifacts})
+    best = next(iter(models.values()), None)
+    artifacts = outcome.artifacts if best is None else {"model": best, **outcome.artifacts}
+    return dataclasses.replace(outcome, artifacts=artifacts)
 
 
 def _swept(config: TrainingSweepConfig) -> SweptTraining[Any]:
@@ -120,13 +121,20 @@ def sweep_plan(config: TrainingSweepConfig) -> Any:
 def _race(config: TrainingSweepConfig) -> tuple[Any, Any]:
     """What stops or perturbs trials, and what it is told of the sweep."""
     from mfm_ray.tuning.scheduling import Race, build_scheduling
-    from mfm_ray.tuning.space import parse_space
+    from mfm_ray.tuning.space import parse_space, plan_points
 
     if not config.objectives:
         raise InputError("objectives: empty; expected figures of a model such as {seconds: min}")
     metric, mode = next(iter(config.objectives.items()))
     space = parse_space(config.space)
-    race = Race(metric=metric, mode=mode, max_steps=config.max_steps, every=config.checkpoint_every, space=space)
+    race = Race(
+        metric=metric,
+        mode=mode,
+        max_steps=config.max_steps,
+        every=config.checkpoint_every,
+        space=space,
+        num_trials=len(plan_points(space, num_trials=config.num_trials, seed=config.seed)),
+    )
     return build_scheduling(config.scheduler), race
 
 
@@ -162,17 +170,28 @@ def _check_objectives(config: TrainingSweepConfig) -> None:
             raise InputError(f"objectives.{name}: expected figures of {', '.join(known)}{hint}")
 
 
-def _write_model(run: JobRun, index: int, judge: Any) -> str:
-    """The model directory of a trial that is kept, now with the judge beside it."""
+def _write_models(run: JobRun, kept: Sequence[int], judge: Any) -> dict[int, str]:
+    """The model directories of the best trials, the best one first, now with the judge beside them.
+
+    An earlier call that kept fewer has removed the checkpoints of the others: those trials have no model.
+    """
     from mfm_ray.training.final_model import export_checkpoint, newest_picture
     from mfm_ray.training.launch import newest_checkpoint
     from mfm_ray.tuning.training_trial import training_folder
 
-    folder = training_folder(run.storage, index)
-    found = newest_checkpoint(folder)
-    assert found is not None, "a trial that is kept has a checkpoint"
-    export_checkpoint(found.storage, folder.child("model"), judge=judge, picture=newest_picture(folder))
-    return folder.uri_of("model")
+    models = {}
+    for index in kept:
+        folder = training_folder(run.storage, index)
+        found = newest_checkpoint(folder)
+        if found is not None:
+            export_checkpoint(found.storage, folder.child("model"), judge=judge, picture=newest_picture(folder))
+            models[index] = folder.uri_of("model")
+    if gone := [f"{index:05d}" for index in kept if index not in models]:
+        run.log(
+            f"models_to_keep={run.config.models_to_keep}: {len(models)} of {len(kept)} models are there; the "
+            f"checkpoints of trials {', '.join(gone)} went in an earlier call that kept fewer"
+        )
+    return models
 
 
 def _as_trained(run: JobRun, index: int, settings: Mapping[str, Any]) -> dict[str, Any]:

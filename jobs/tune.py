@@ -32,6 +32,7 @@ from mfm_ray.storage import Storage
 SWEEP, PICTURES = "sweep.json", "pictures"
 _SWEPT = ("space", "search", "search_window", "num_trials", "objectives", "prune_after", "reduction_factor")
 _MEASURED = ("distances", "data_path")
+_MOST_REASONS = 500  # characters
 _COMMON = {"job", "sweep", *_SWEPT, *_MEASURED, "log_to"}
 
 
@@ -54,18 +55,22 @@ def check_sampling(config: TuneConfig) -> None:
         raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
     if config.scaling.num_workers == 0:
         raise InputError("scaling.num_workers=0: trials run on Ray workers; expected at least 1, or null")
+    if config.num_samples < 2:
+        raise InputError(f"num_samples={config.num_samples}: one sample has no interval; expected at least 2 a trial")
     if config.prune_after is not None and config.prune_after >= config.num_samples:
         raise InputError(f"prune_after={config.prune_after}: expected less than num_samples={config.num_samples}")
-    judges: set[str] = set()
+    heldout = bench.compared_with(config.data_path) if wanted_distances(config) else None
+    known: set[str] | None = None
     for point in points_of_check(config):
         trial = from_dict(SampleConfig, settings_of(config, point))
-        _, built = bench.build(trial)
+        _, judges = bench.build(trial)
         bench.check(trial)
-        judges.update(built)
-    if wanted_distances(config):
-        bench.compared_with(config.data_path)
+        if heldout is not None:
+            heldout.of(trial.label)
+        scores = {f"judge.{name}" for name in judges} | ({"reward"} if trial.reward["name"] != "none" else set())
+        known = scores if known is None else known & scores
     _check_trackers(config)
-    _check_objectives(config, judges, has_classifier=bench.has_classifier)
+    _check_objectives(config, known or set(), has_classifier=bench.has_classifier)
     if config.resume:
         run = RunFolder("tune", config).storage
         refuse_other_settings(_earlier_sweep(run), sweep_settings(config), where=run.uri)
@@ -78,16 +83,19 @@ def sweep_sampling(run: JobRun) -> Outcome:
     began = time.monotonic()
     config: TuneConfig = run.config
     plan = sweep_plan(config)
-    run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
     earlier = finished_trials(run.storage, plan) if config.resume else {}
     if config.resume:
         run.log(f"{len(earlier)} of {plan.search.most} trials are there already")
     records = _run_missing(run, plan, earlier)
+    if all(record.status == "refused" for record in records.values()):
+        reasons = sorted({str(record.reason) for record in records.values()})
+        raise InputError(f"every trial was refused: {'; '.join(reasons)[:_MOST_REASONS]}")
     settings = {index: settings_of(config, record.point) for index, record in records.items()}
     return finish_sweep(run, settings, records, began=began)
 
 
 def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int, Any]:
+    from mfm_ray.training.launch import wait_for_resources
     from mfm_ray.tuning.sweep import is_complete, run_sweep
     from mfm_ray.tuning.trial import TrialSpec
 
@@ -97,11 +105,14 @@ def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int
     num_missing = plan.search.most - len(earlier)
     with ray_cluster(run.log):
         workers = choose_workers(config.scaling, int(min(num_missing, plan.search.window)))
+        wait_for_resources(1, workers.resources, workers.start_timeout_s, run.log)  # Tune would wait for ever
+        run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
         run.log(f"{num_missing} trials on {workers.num} workers, {workers.resources} each")
         spec = TrialSpec(
             load=SamplerOfModel(config.model, workers.device, wanted_distances(config), config.data_path),
             rungs=plan.pruning.rungs,
             pictures=run.storage.child(PICTURES),
+            objectives=tuple(config.objectives),
             threads=max(1, int(workers.resources.get("CPU", 1.0))),
         )
         return run_sweep(
@@ -238,16 +249,9 @@ def _search(config: TuneConfig) -> Any:
     return build_search(config.search, parse_space(config.space), options)
 
 
-def _check_objectives(config: TuneConfig, judges: set[str], *, has_classifier: bool) -> None:
-    known = [
-        "reward",
-        *(f"judge.{name}" for name in sorted(judges)),
-        "nfe",
-        "seconds",
-        "diversity",
-        "frechet",
-        "sliced_w2",
-    ]
+def _check_objectives(config: TuneConfig, scores: set[str], *, has_classifier: bool) -> None:
+    """scores: reward and judges that every trial has."""
+    known = [*sorted(scores, reverse=True), "nfe", "seconds", "diversity", "frechet", "sliced_w2"]
     known += ["confidence"] if has_classifier else []
     for name in config.objectives:
         if name not in known:

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -348,6 +348,8 @@ FINETUNE_PRESETS: dict[str, list[str]] = {
 }
 """Words of `jobs.finetune` by the preset that stands for them; other words of the command line win over them."""
 
+_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
+
 SWEEPS = "tune_configs"
 """Folder of sweep files."""
 
@@ -407,9 +409,26 @@ def compose(root: str, overrides: Sequence[str] = ()) -> Composed:
     opened = [part for word, override in zip(words, parsed, strict=True) for part in _opened(word, override)]
     try:
         return _compose(root, opened)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except _COMPOSITION_ERRORS as error:
+        raise _refusal(root, words, parsed, error) from error
+
+
+def _refusal(root: str, words: Sequence[str], parsed: Sequence[Override], error: Exception) -> InputError:
+    """One line for what cannot be composed: the word to blame, else what Hydra says of the files that words chose."""
+    try:
         _name_the_culprit(root, words, parsed)
-        raise InputError(f"{root}: {str(error).splitlines()[0]}") from error
+    except InputError as named:
+        return named
+    except _COMPOSITION_ERRORS as of_a_file:
+        error = of_a_file
+    for override in parsed:
+        if override.key_or_group.startswith("space."):
+            return InputError(
+                f"{override.input_line}: keys of a space have dots of their own; "
+                "expected space={KEY: {grid: [...]}}"
+            )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return InputError(f"{root}: {' '.join(lines[:2]) if lines[0].endswith(':') else lines[0]}")
 
 
 def with_preset(words: Sequence[str]) -> list[str]:
@@ -457,15 +476,39 @@ def group_defaults(group: str, name: str) -> dict[str, Any]:
     return _with_filled_parts(values) if group == "reward" else values
 
 
-def _register_sweeps() -> None:
-    """Makes the files of `tune_configs/` choices of the group `sweep`, which write into the root like recipes."""
-    for name, file in sweep_files().items():
-        try:
-            node = OmegaConf.merge({"sweep": name}, OmegaConf.load(file))
-        except (YAMLError, OSError) as error:
-            raise InputError(f"sweep={name}: {file} cannot be read as YAML") from error
-        _choose_job(name, node)
-        ConfigStore.instance().store(group="sweep", name=name, node=node, package="_global_")
+def _register_sweep(name: str, file: Path) -> None:
+    """Makes a file of `tune_configs/` a choice of the group `sweep`, which writes into the root like a recipe."""
+    try:
+        content = OmegaConf.load(file)
+    except (YAMLError, OSError) as error:
+        raise InputError(f"sweep={name}: {file} cannot be read as YAML") from error
+    if not isinstance(content, DictConfig):
+        raise InputError(f"sweep={name}: {file}: expected its content to be a group of keys")
+    for key, kind, what in (
+        ("space", DictConfig, "a group of keys"),
+        ("objectives", DictConfig, "a group of keys"),
+        ("defaults", ListConfig, "a list [...] of choices"),
+    ):
+        if key in content and not isinstance(content.get(key), kind):
+            raise InputError(f"sweep={name}: {file}: expected {key} to be {what}")
+    node = OmegaConf.merge({"sweep": name}, content)
+    _check_groups(name, node)
+    _choose_job(name, node)
+    ConfigStore.instance().store(group="sweep", name=name, node=node, package="_global_")
+
+
+def _check_groups(sweep: str, node: Any) -> None:
+    """The choices that a file makes (`override /steering: gradient`) are ones that there are."""
+    entries = [entry for entry in node.get("defaults", []) if isinstance(entry, DictConfig)]
+    for key, choice in (item for entry in entries for item in entry.items()):
+        group = str(key).removeprefix("override ").strip("/ ")
+        choices = group_choices(group)
+        if choices and choice not in choices:
+            close = nearest(str(choice), choices)
+            hint = f"; did you mean {close}?" if close else ""
+            raise InputError(
+                f"{group}={choice}: in the file of sweep={sweep}, expected one of {', '.join(choices)}{hint}"
+            )
 
 
 def _choose_job(sweep: str, node: Any) -> None:
@@ -481,8 +524,11 @@ def _choose_job(sweep: str, node: Any) -> None:
 
 
 def _compose(root: str, words: Sequence[str]) -> Composed:
-    if root == "tune":
-        _register_sweeps()
+    if root == "tune":  # the file that is asked for alone: what stands in the others is no concern of this sweep
+        chosen = {word.partition("=")[2].strip("'\"") for word in words if word.startswith("sweep=")}
+        for name, file in sweep_files().items():
+            if name in chosen:
+                _register_sweep(name, file)
     with initialize_config_module("mfm_ray.conf", version_base="1.3"):
         full = hydra_compose(root, overrides=list(words), return_hydra_config=True)
     choices = {str(group): choice for group, choice in full.hydra.runtime.choices.items() if "hydra" not in str(group)}

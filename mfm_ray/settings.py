@@ -156,7 +156,16 @@ def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
             return converted
     close = nearest(str(value), map(str, allowed.choices)) if allowed.choices else None
     hint_text = f"; did you mean {close}?" if close else ""
-    raise InputError(f"{key}={shown(value)}: expected {expected(hint, allowed)}{hint_text}")
+    finite = "" if _is_finite(value) else ", all its numbers finite"
+    raise InputError(f"{key}={shown(value)}: expected {expected(hint, allowed)}{finite}{hint_text}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no list or group holds NaN or an infinity; a number by itself is refused by what its bounds say."""
+    if isinstance(value, list | tuple | Mapping):
+        items = list(value.values()) if isinstance(value, Mapping) else value
+        return all(_is_finite(item) and not (isinstance(item, float) and not math.isfinite(item)) for item in items)
+    return True
 
 
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:

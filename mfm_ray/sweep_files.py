@@ -11,7 +11,7 @@ from mfm_ray.storage import Storage
 
 
 def words_of_trial(place: str, trial: str) -> list[str]:
-    """`words_of_trial("runs/methods/presets.yaml", "low")`, `words_of_trial("runs/methods/results.parquet", "12")`.
+    """`words_of_trial("runs/sweep_methods/presets.yaml", "low")`; rows: `words_of_trial(".../results.parquet", "12")`.
 
     InputError naming what is missing and, for a name, the nearest one.
     """

@@ -103,6 +103,20 @@ def test_an_interval_is_two_standard_errors_wide():
         metrics.mean_with_interval(torch.zeros(0))
 
 
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (16, 2.131), (1000, 1.962)]
+)
+def test_few_values_have_the_wider_interval_of_students_t(count, quantile):
+    mean = metrics.by_students_t(metrics.Mean(value=1.0, half_width=1.96, count=count))
+    assert mean.half_width == pytest.approx(quantile, rel=5e-3)
+    assert (mean.value, mean.count) == (1.0, count)
+
+
+def test_a_single_value_has_no_interval_to_widen():
+    alone = metrics.mean_with_interval(torch.tensor([1.0]))
+    assert metrics.by_students_t(alone) == alone
+
+
 def normal(count, dim, seed, *, scale=1.0, shift=0.0):
     generator = torch.Generator().manual_seed(seed)
     return scale * torch.randn(count, dim, generator=generator, dtype=torch.float64) + shift

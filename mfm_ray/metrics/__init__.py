@@ -24,7 +24,7 @@ from mfm_ray.metrics.distances import (
     weighted_squared_mmd,
 )
 from mfm_ray.metrics.diversity import mean_pairwise_distance, vendi_score
-from mfm_ray.metrics.intervals import Mean, OverFloor, distance_floor, mean_with_interval, over_floor
+from mfm_ray.metrics.intervals import Mean, OverFloor, by_students_t, distance_floor, mean_with_interval, over_floor
 from mfm_ray.metrics.neighbours import Memorisation, Nearest, memorisation, nearest_neighbours
 from mfm_ray.metrics.selection import (
     WeightedMoments,
@@ -43,6 +43,7 @@ __all__ = [
     "OverFloor",
     "WeightedMoments",
     "best_of_n_probabilities",
+    "by_students_t",
     "class_confidence",
     "class_frequencies",
     "class_probabilities",

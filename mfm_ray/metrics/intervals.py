@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,25 @@ def mean_with_interval(values: Tensor) -> Mean:
         raise ValueError("mean_with_interval: no values, expected at least one")
     error = float(flat.std()) / math.sqrt(flat.numel()) if flat.numel() > 1 else 0.0
     return Mean(value=float(flat.mean()), half_width=1.96 * error, count=flat.numel())
+
+
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182}
+"""Quantiles at 0.975 where the expansion for more degrees of freedom is too rough."""
+
+
+def by_students_t(mean: Mean) -> Mean:
+    """The interval by Student's t in the place of the normal approximation, which is too narrow for few values.
+
+    t = z + (z^3 + z) / 4 n + (5 z^5 + 16 z^3 + 3 z) / 96 n^2 + (3 z^7 + 19 z^5 + 17 z^3 - 15 z) / 384 n^3 with z = 1.96
+    and n = count - 1 (Abramowitz and Stegun 26.7.5): within half a percent from n = 4 on. Unchanged for a single value.
+    """
+    n, z = mean.count - 1, 1.96
+    if n < 1:
+        return mean
+    terms = (z**3 + z) / (4 * n), (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    further = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    t = _STUDENT.get(n, z + sum(terms) + further)
+    return replace(mean, half_width=mean.half_width * t / z)
 
 
 def distance_floor(

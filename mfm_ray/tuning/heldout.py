@@ -33,17 +33,21 @@ class HeldOut:
         interval: 1.96 deviations over samples that are drawn again from these. {} for a single sample.
 
         label: the held-out data are those of this class. Both fall to a floor above 0 that exact samples have too.
-        InputError where too little was held out.
         """
-        held = self.data if label is None else self.data[self.labels == label]
-        if len(held) < _AT_LEAST:
-            raise InputError(f"label={label}: {len(held)} held-out samples, expected at least {_AT_LEAST}")
+        held = self.of(label)
         if len(samples) < _AT_LEAST:
             return {}
         found: dict[str, float] = {}
         for name in names:
             found |= DISTANCES[name](self, samples, held)
         return found
+
+    def of(self, label: int | None) -> Tensor:
+        """The data of a class, all for None. InputError where too little was held out."""
+        held = self.data if label is None else self.data[self.labels == label]
+        if len(held) < _AT_LEAST:
+            raise InputError(f"label={label}: {len(held)} held-out samples, expected at least {_AT_LEAST}")
+        return held
 
     def _seen(self, data: Tensor) -> Tensor:
         return (data if self.features is None else self.features(data)).flatten(1).double()

@@ -24,7 +24,7 @@ History = Mapping[int, Sequence[Mapping[str, float]]]
 @dataclass(frozen=True, kw_only=True)
 class Race:
     """What a scheduler is told of the sweep. metric, mode: first objective; max_steps, every: of one training, and
-    between two reports; space: the settings that differ.
+    between two reports; space: the settings that differ; num_trials: how many there are.
     """
 
     metric: str
@@ -32,6 +32,7 @@ class Race:
     max_steps: int
     every: int
     space: Mapping[str, Setting]
+    num_trials: int
 
 
 class Scheduling(ABC):
@@ -128,6 +129,10 @@ class Pbt(Scheduling):
 
     def check(self, race: Race) -> None:
         _check_interval("scheduler.perturbation_interval", self.perturbation_interval, race)
+        if race.num_trials < 2:
+            raise InputError(
+                "scheduler=pbt: a population of one trial has none to learn from; expected more num_trials"
+            )
         for key, setting in race.space.items():
             if setting.when or not any(key == name or (name[-1] == "." and key.startswith(name)) for name in PERTURBED):
                 names = ", ".join(f"{name}*" if name[-1] == "." else name for name in PERTURBED)

@@ -49,6 +49,10 @@ class Dimension(ABC):
     def extremes(self) -> Sequence[Any]:
         """The values to try when all that can be wrong with a setting is to be found: all, or both ends."""
 
+    @abstractmethod
+    def can_be(self, value: Any) -> bool:
+        """Whether a condition that names this value can ever hold."""
+
 
 @dataclass(frozen=True)
 class Grid(Dimension):
@@ -71,6 +75,9 @@ class Grid(Dimension):
     @property
     def extremes(self) -> Sequence[Any]:
         return self.options
+
+    def can_be(self, value: Any) -> bool:
+        return value in self.options
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,10 @@ class Uniform(Dimension):
     def extremes(self) -> Sequence[Any]:
         return self.bounds
 
+    def can_be(self, value: Any) -> bool:
+        """A drawn number meets no single value."""
+        return False
+
 
 @dataclass(frozen=True)
 class LogUniform(Uniform):
@@ -137,6 +148,9 @@ class Integers(Uniform):
 
     def values(self, generator: random.Random) -> Sequence[Any]:
         return [generator.randint(*map(int, self.bounds))]
+
+    def can_be(self, value: Any) -> bool:
+        return type(value) is int and self.bounds[0] <= value <= self.bounds[1]
 
     def ask(self, key: str, trial: Any) -> Any:
         return trial.suggest_int(key, *self.bounds)
@@ -173,8 +187,24 @@ def parse_space(space: Mapping[str, Any]) -> dict[str, Setting]:
                 close = nearest(other, [name for name in settings if name != key])
                 hint = f"; did you mean {close}?" if close else ""
                 raise InputError(f"space.{key}.when.{other}: expected another setting of this space{hint}")
+        _check_values_of_conditions(key, settings)
     in_order(settings)
     return settings
+
+
+def _check_values_of_conditions(key: str, settings: Mapping[str, Setting]) -> None:
+    """A condition on a value that is never there would leave the setting out of every trial without a word."""
+    for other, allowed in settings[key].when.items():
+        dimension = settings[other].dimension
+        for value in allowed:
+            if not dimension.can_be(value):
+                known = [str(option) for option in dimension.extremes]
+                close = nearest(str(value), known)
+                hint = f"; did you mean {close}?" if close else ""
+                raise InputError(
+                    f"space.{key}.when.{other}={value}: space.{other} is never that; "
+                    f"its values: {', '.join(known)}{hint}"
+                )
 
 
 def in_order(settings: Mapping[str, Setting]) -> list[str]:
@@ -260,6 +290,10 @@ def settings_at(common: Mapping[str, Any], point: Point) -> dict[str, Any]:
             _set(settings[group], argument, value, key)
         elif key in SWEPT:
             settings[key] = value
+        elif key in flatten(settings):
+            raise InputError(
+                f"space.{key}: is common to all trials; expected one of {', '.join(SWEPT)}, or a key of them"
+            )
         else:
             raise unknown_key(f"space.{key}", [f"space.{name}" for name in known])
     return settings

@@ -7,6 +7,7 @@ rest; a trial that was under way begins anew and, by common random numbers, come
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ from mfm_ray.tuning.trial import (
 )
 
 TRIALS, TUNE = "trials", "tune"
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception)\b.*:")
+_MOST_REASON = 400  # characters
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # so are signals
@@ -175,6 +178,7 @@ def run_sweep(
                 failure_config=tune.FailureConfig(max_failures=max_failures),
             ),
         ).fit()
+    run.delete(TUNE)
     return book.records
 
 
@@ -303,10 +307,11 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def why_lost(trial: Any) -> str:
-    """What Tune noted on the driver of the error: the exception's own line ends it."""
+    """What Tune noted on the driver of the error: the exception's own line, and the end of what it says in several."""
     noted = Path(trial.error_file).read_text() if trial.error_file else ""
-    lines = [line.strip() for line in noted.splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown error"
+    lines = [line.strip() for line in noted.splitlines() if line.strip()] or ["unknown error"]
+    named = [line for line in lines if _EXCEPTION.match(line)]
+    return " ".join(dict.fromkeys([*named[-1:], lines[-1]]))[:_MOST_REASON]
 
 
 def record_name(index: int) -> str:

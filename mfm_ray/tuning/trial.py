@@ -7,6 +7,7 @@ their settings alone. The number of samples is the fidelity; a longer trial begi
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from ray import tune
 from torch import Tensor
 
 from mfm_ray.errors import InputError
-from mfm_ray.metrics import class_confidence, class_probabilities, mean_with_interval
+from mfm_ray.metrics import by_students_t, class_confidence, class_probabilities, mean_with_interval
 from mfm_ray.reporting.pictures import grid, png
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.front import HALF_WIDTH
@@ -48,12 +49,14 @@ class TrialSampler(Protocol):
 @dataclass(frozen=True)
 class TrialSpec:
     """What all trials share. load: to a model, once a worker; rungs: numbers of samples after which a trial reports,
-    rising; pictures: where the first images of each trial go; threads: of torch.
+    rising; pictures: where the first images of each trial go; objectives: metrics that every trial must have; threads:
+    of torch.
     """
 
     load: Callable[[], TrialSampler]
     rungs: Sequence[int]
     pictures: Storage
+    objectives: Sequence[str] = ()
     threads: int = 1
 
 
@@ -84,15 +87,29 @@ class SamplingTrial(tune.Trainable):
         began = time.perf_counter()
         try:
             self._drawn.append(self._sampler.draw(self._settings, first_image=done, count=wanted - done))
+            self._seconds += time.perf_counter() - began
+            measured = self._measure()
         except InputError as refusal:
             return {**about, FIDELITY: done, FAILURE: str(refusal), "done": True}
-        self._seconds += time.perf_counter() - began
         if self._rung == 0:
             self._keep_picture(self._drawn[0].images)
         self._rung += 1
-        measured = measure(self._drawn, self._sampler.classifier, seconds=self._seconds)
-        measured |= self._sampler.compare(self._settings, torch.cat([part.images for part in self._drawn]).cpu())
         return {**about, **measured, FIDELITY: wanted, "done": self._rung == len(self._spec.rungs)}
+
+    def _measure(self) -> dict[str, float]:
+        """All metrics of the samples so far. InputError naming one that others could not be compared with."""
+        images = torch.cat([part.images for part in self._drawn]).cpu()
+        if not bool(images.isfinite().all()):
+            raise InputError("samples: not finite, expected finite numbers")
+        measured = measure(self._drawn, self._sampler.classifier, seconds=self._seconds)
+        measured |= self._sampler.compare(self._settings, images)
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                raise InputError(f"{name}: {value}, expected a finite number")
+        for name in self._spec.objectives:
+            if name not in measured:
+                raise InputError(f"{name}: not measured; expected a max_nfe that leaves a steered step")
+        return measured
 
     def _keep_picture(self, images: Tensor) -> None:
         if images.dim() == 4:
@@ -140,7 +157,7 @@ def measure(drawn: Sequence[Any], classifier: Callable[[Tensor], Tensor] | None,
 
 
 def _mean(name: str, values: Tensor) -> dict[str, float]:
-    mean = mean_with_interval(values.cpu())
+    mean = by_students_t(mean_with_interval(values.cpu()))
     return {name: mean.value, name + HALF_WIDTH: mean.half_width}
 
 

@@ -205,6 +205,9 @@ def test_a_sweep_measures_its_tunings_keeps_models_and_its_rows_tune_again(
     resumed, log = run("resume=true")
     assert log[0] == "2 of 2 trials are there already, 0 were begun"
     assert [{**row, "git": None} for row in resumed] == [{**row, "git": None} for row in rows]
+    more, log = run("resume=true", "models_to_keep=2")
+    assert any("1 of 2 models are there" in line for line in log)
+    assert [row["model"] for row in more] == [row["model"] for row in rows]
     # a preset tunes the same model with jobs.finetune
     presets = yaml.safe_load((tmp_path / "pair" / "presets.yaml").read_text())
     name = next(name for name, preset in presets.items() if preset["trial"] == kept["trial"])

@@ -124,8 +124,8 @@ def test_a_submitted_sweep_leaves_its_table_and_presets(
     words = [f"model={tiny_models['tiny']}", f"storage={tmp_path}", "num_samples=8", "num_steps=2"]
     done = submit(client_environment, "sweep=num_draws", *words, "scaling.num_workers=2", job="tune")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert f"RESULT {tmp_path}/num_draws/result.json" in done.stdout
-    result = json.loads((tmp_path / "num_draws" / "result.json").read_text())
+    assert f"RESULT {tmp_path}/sweep_num_draws/result.json" in done.stdout
+    result = json.loads((tmp_path / "sweep_num_draws" / "result.json").read_text())
     assert result["status"] == "ok"
     assert result["metrics"]["trials.ok"] == 5
     assert result["metrics"]["model_loads"] <= 2

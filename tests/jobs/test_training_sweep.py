@@ -152,6 +152,7 @@ def left_of(sweep: Finished, index: int) -> set[str]:
         (["sweep=training", "experiment=gmm", "scaling.num_workers=3"], "global_batch_size=1024 does not divide"),
         (["sweep=training", "experiment=gmm", "scheduler=pbt"], "space.objective: scheduler=pbt changes settings"),
         (["sweep=training", "experiment=gmm", "data.name=gmn"], "data.name=gmn"),
+        (["sweep=training_schedule", "experiment=gmm", "num_trials=1"], "a population of one trial has none to learn"),
         (["sweep=wrong_key", "experiment=gmm"], "space.optimizer.lr: unknown key; did you mean space.optimizer"),
         (["sweep=wrong_value", "experiment=gmm"], "optimizer.learning_rate=-1.0: expected a number above 0"),
         (["sweep=wrong_kind", "experiment=gmm"], "space.seed.grit: expected one of .*did you mean grid?"),
@@ -190,6 +191,19 @@ def test_other_settings_do_not_go_on_with_a_sweep(sweeps: Path) -> None:
     tune.check(load_config("tune", [*common, "models_to_keep=1", "concurrent_trials=1"]))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"max_steps=50: .* were begun with max_steps=40"):
         tune.check(load_config("tune", [*common, "max_steps=50"]))  # type: ignore[arg-type]
+
+
+def test_models_that_an_earlier_call_let_go_are_named_and_those_that_are_there_stay(sweeps: Path) -> None:
+    from jobs.training_sweep import _write_models
+
+    config = load_config("tune", [f"storage={sweeps}", "sweep=short", *SMALL, "models_to_keep=2"])
+    log: list[str] = []
+    run = JobRun(config=config, storage=RunFolder("tune", config).storage, log=log.append)
+    assert _write_models(run, [3, 1], None) == {}
+    assert log == [
+        "models_to_keep=2: 0 of 2 models are there; the checkpoints of trials 00003, 00001 went in an earlier call "
+        "that kept fewer"
+    ]
 
 
 def weights(model: Path) -> dict[str, torch.Tensor]:

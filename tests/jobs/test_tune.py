@@ -131,6 +131,13 @@ def test_random_search_is_fixed_by_its_seed_and_resume_repeats_nothing(
         (["sweep=num_draws", "prune_after=8"], "prune_after=8: expected less than num_samples=8"),
         (["sweep=num_draws", "reward.scal=2"], "reward.scal: unknown key"),
         (["sweep=num_draws", "steering=dps"], "steering.num_draws: unknown key"),
+        (["sweep=num_draws", "space.steering.num_draws.grid=[1]"], r"have dots of their own; expected space=\{KEY"),
+        (["sweep=num_draws", "num_samples=1"], "num_samples=1: one sample has no interval; expected at least 2"),
+        (["sweep=unsteered"], "objectives.reward: expected metrics of judge.symmetry, nfe, "),
+        (["sweep=as_list"], "sweep=as_list: .*: expected space to be a group of keys"),
+        (["sweep=no_such_group"], "steering=gradent: in the file of sweep=no_such_group, .*did you mean gradient?"),
+        (["sweep=infinite"], "space=.*: expected a group of keys, all its numbers finite"),
+        (["sweep=never"], "space.num_steps.when.steering=smcc: .* its values: smc, search; did you mean smc?"),
         (["sweep=num_draws", "search=optunna"], "search=optunna: expected one of .* did you mean optuna?"),
         (["sweep=num_draws", "search=optuna"], "num_trials=1: Optuna makes so many trials"),
         (["sweep=num_draws", "objectives={frechett: min}"], "objectives.frechett: .* did you mean frechet?"),
@@ -140,12 +147,30 @@ def test_random_search_is_fixed_by_its_seed_and_resume_repeats_nothing(
     ],
 )
 def test_a_mistake_is_one_line_before_any_resource_is_taken(
-    tiny_models: dict[str, str], tmp_path: Path, words: list[str], message: str
+    tiny_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
+    write_wrong_sweeps(tmp_path)
+    monkeypatch.chdir(tmp_path)
     given = [f"model={tiny_models['tiny']}", f"storage={tmp_path}", "num_samples=8", *words]
     with pytest.raises(InputError, match=message) as caught:
         tune.check(load_config("tune", given))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def write_wrong_sweeps(folder: Path) -> None:
+    """Files with one mistake each, and one that is no YAML, which nobody asks for."""
+    (folder / "tune_configs").mkdir()
+    steered = "defaults: [override /steering: gradient, override /reward: symmetry]\nobjectives: {reward: max}\n"
+    for name, text in {
+        "unsteered": "judges: [symmetry]\nobjectives: {reward: max}\nspace: {num_steps: {grid: [2, 4]}}\n",
+        "as_list": f"{steered}space: [2, 4]\n",
+        "no_such_group": "defaults: [override /steering: gradent]\nspace: {num_steps: {grid: [2]}}\n",
+        "infinite": f"{steered}space: {{steering.guidance_scale: {{grid: [1, .inf]}}}}\n",
+        "never": f"{steered}space:\n  steering: {{grid: [smc, search]}}\n"
+        "  num_steps: {grid: [2, 4], when: {steering: smcc}}\n",
+        "no_yaml": "space: [",
+    }.items():
+        (folder / "tune_configs" / f"{name}.yaml").write_text(text)
 
 
 def test_a_typo_is_exit_code_2(run_job: Callable[..., Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ LEARNING_RATE = {"optimizer.learning_rate": {"loguniform": [0.001, 0.1]}}
 
 def race(space: dict[str, Any] | None = None, **other: Any) -> Race:
     return Race(
-        **{"metric": "posterior_score", "mode": "min", "max_steps": 80, "every": 10, **other},
+        **{"metric": "posterior_score", "mode": "min", "max_steps": 80, "every": 10, "num_trials": 4, **other},
         space=parse_space(space or LEARNING_RATE),
     )
 
@@ -53,6 +53,11 @@ def test_settings_that_do_not_fit_the_sweep_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         build_scheduling(settings).check(race(space))
+
+
+def test_a_population_of_one_is_refused() -> None:
+    with pytest.raises(InputError, match="a population of one trial has none to learn from; expected more num_trials"):
+        build_scheduling({"name": "pbt"}).check(race(num_trials=1))
 
 
 def test_settings_that_fit_are_taken() -> None:

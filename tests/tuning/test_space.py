@@ -83,6 +83,15 @@ def test_a_conditional_setting_is_there_only_where_its_condition_holds():
         ({"x": {"integers": [0.5, 1]}}, "two whole numbers"),
         ({"a": {"grid": [1], "when": {"steerin": "smc"}}, "steering": {"grid": ["smc"]}}, "did you mean steering?"),
         (
+            {"a": {"grid": [1], "when": {"b": "smk"}}, "b": {"choice": ["smc", "dps"]}},
+            "its values: smc, dps; did you mean",
+        ),
+        ({"a": {"grid": [1], "when": {"b": 7}}, "b": {"integers": [1, 6]}}, "space.a.when.b=7: space.b is never that"),
+        (
+            {"a": {"grid": [1], "when": {"b": 0.5}}, "b": {"uniform": [0, 1]}},
+            "space.a.when.b=0.5: space.b is never that",
+        ),
+        (
             {"a": {"grid": [1], "when": {"b": 1}}, "b": {"grid": [1], "when": {"a": 1}}},
             "space.a.when: waits for itself",
         ),
@@ -106,7 +115,7 @@ def test_a_group_is_chosen_before_its_keys_are_set():
     ("point", "message"),
     [
         ({"num_step": 3}, "space.num_step: unknown key; did you mean space.num_steps?"),
-        ({"seed": 3}, "space.seed: unknown key"),
+        ({"seed": 3}, "space.seed: is common to all trials; expected one of steering, reward, num_steps"),
         ({"steering": "gradiant"}, "steering=gradiant: expected one of .* did you mean gradient?"),
     ],
 )
@@ -122,7 +131,7 @@ OF_SAMPLES = [name for name, file in sweep_files().items() if "job" not in yaml.
 def test_every_sweep_file_composes_and_its_trials_rerun_by_their_words(sweep):
     config = load_config("tune", [f"sweep={sweep}"])
     assert isinstance(config, TuneConfig)
-    assert config.name == sweep
+    assert config.name == f"sweep_{sweep}"
     trials = [settings_of(config, point) for point in points_of_check(config)]
     assert len(trials) >= 5
     for settings in (trials[0], trials[len(trials) - 1]):

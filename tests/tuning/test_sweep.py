@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from mfm_ray.storage import Storage
 from mfm_ray.tuning.search import Planned, Search, SearchOptions, build_search
 from mfm_ray.tuning.space import parse_space
-from mfm_ray.tuning.sweep import Pruning, SweepPlan, TrialRecord, finished_trials, run_sweep
+from mfm_ray.tuning.sweep import Pruning, SweepPlan, TrialRecord, finished_trials, run_sweep, why_lost
 from mfm_ray.tuning.trial import TrialSpec, rungs_of
 
 
@@ -52,6 +53,13 @@ def arithmetic_sampler() -> Any:
                     raise InputError("x=refused: expected a number")
                 if settings["x"] == "broken":
                     raise RuntimeError("out of memory")
+                if settings["x"] == "no number":
+                    judged = {"kind": torch.full((count,), float("nan"))}
+                    return Samples(
+                        images=torch.rand(count, 1, 2, 2), rewards=torch.zeros(count), nfe=2.0, calls={}, judges=judged
+                    )
+                if settings["x"] == "unsteered":
+                    return Samples(images=torch.rand(count, 1, 2, 2), rewards=None, nfe=1.0, calls={})
                 noise = torch.arange(first_image, first_image + count) % 2 - 0.5
                 rewards = noise - (settings["x"] - 5) ** 2
                 return Samples(images=torch.rand(count, 1, 2, 2), rewards=rewards, nfe=2.0, calls={})
@@ -84,6 +92,7 @@ def sweep(ray_session: None, tmp_path: Path) -> Sweep:
             load=arithmetic_sampler(),
             rungs=rungs,
             pictures=run.child("pictures"),
+            objectives=["reward"],
         )
         records = run_sweep(
             plan,
@@ -111,11 +120,37 @@ def test_trials_share_the_model_of_their_worker_and_leave_records(sweep: Sweep, 
 
 
 def test_a_failing_trial_is_recorded_with_its_reason_and_ends_nothing(sweep: Sweep, tmp_path: Path) -> None:
-    records, plan = sweep([1.0, "refused", "broken", 2.0])
-    assert [records[index].status for index in range(4)] == ["ok", "refused", "lost", "ok"]
+    records, plan = sweep([1.0, "refused", "broken", 2.0, "no number", "unsteered"])
+    assert [records[index].status for index in range(6)] == ["ok", "refused", "lost", "ok", "refused", "refused"]
     assert records[1].reason == "x=refused: expected a number"
     assert "out of memory" in str(records[2].reason)
-    assert sorted(finished_trials(Storage(tmp_path), plan)) == [0, 1, 3]  # a lost trial may go better the next time
+    assert records[4].reason == "judge.kind: nan, expected a finite number"
+    assert str(records[5].reason).startswith("reward: not measured")
+    assert sorted(finished_trials(Storage(tmp_path), plan)) == [
+        0,
+        1,
+        3,
+        4,
+        5,
+    ]  # a lost trial may go better the next time
+
+
+@pytest.mark.parametrize(
+    ("noted", "reason"),
+    [
+        ("Traceback (most recent call last):\n  File x\nRuntimeError: out of memory\n", "RuntimeError: out of memory"),
+        (
+            "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n"
+            "Memory on the node was 7.9GB / 8GB.\nTo disable worker killing, set `RAY_x` to zero.\n",
+            "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory. "
+            "To disable worker killing, set `RAY_x` to zero.",
+        ),
+        ("", "unknown error"),
+    ],
+)
+def test_a_lost_trial_names_the_exception_and_not_only_its_last_line(noted: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "error.txt").write_text(noted)
+    assert why_lost(SimpleNamespace(error_file=str(tmp_path / "error.txt"))) == reason
 
 
 def test_what_is_there_is_not_made_again(sweep: Sweep, tmp_path: Path) -> None:

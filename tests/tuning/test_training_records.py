@@ -31,7 +31,7 @@ def plan_of(num_trials: int = 4, *, mode: str = "min", decided_by: str = "hash")
     return TrainingPlan(
         points=[{"seed": index} for index in range(num_trials)],
         decided_by=decided_by,
-        race=Race(metric="posterior_score", mode=mode, max_steps=20, every=10, space={}),
+        race=Race(metric="posterior_score", mode=mode, max_steps=20, every=10, space={}, num_trials=3),
         scheduling=build_scheduling({"name": "none"}),
         models_to_keep=2,
     )

@@ -75,7 +75,7 @@ def test_a_point_leaves_the_common_settings_as_they_are() -> None:
 def test_the_sweep_files_compose_and_fit_the_recipes(sweep: str) -> None:
     for experiment in ("gmm", "digits"):
         config = load_config("tune", [f"sweep={sweep}", f"experiment={experiment}", "num_trials=3"])
-        assert isinstance(config, TrainSweepConfig) and config.name == sweep
+        assert isinstance(config, TrainSweepConfig) and config.name == f"sweep_{sweep}"
         training_sweep.check(config)
         trials = training_sweep.trial_settings(config)
         assert len(trials) >= 3
