@@ -101,14 +101,19 @@ def reward_hacking(rows: Mapping[int, Metrics], *, optimised: str = "reward") ->
 def choose_presets(finished: Mapping[int, Metrics], front: Front) -> dict[str, int]:
     """Trials for low, medium and high: the cheapest of the front, the knee, and the most rewarded that is not hacked.
 
-    Costs rise from low to high: where the best unhacked trial is no dearer than the knee, high is the knee.
+    Costs rise from low to high: where the best unhacked trial is no dearer than the knee, high is the knee. Where no
+    objective is a cost, what trials happen to cost orders nothing: low is the least of the first objective.
     """
-    trusted = [index for index in front.trials if index not in front.hacked] or front.trials
-    low = trusted[0]
-    knee = front.knee if front.knee in trusted else trusted[len(trusted) // 2]
     name, mode = next(iter(front.objectives.items()))
     sign = 1.0 if mode == "max" else -1.0
+    trusted = [index for index in front.trials if index not in front.hacked] or front.trials
     best = max(trusted, key=lambda index: sign * finished[index][name])
+    is_priced = any(cost in front.objectives for cost in COSTS)
+    ordered = trusted if is_priced else sorted(trusted, key=lambda index: sign * finished[index][name])
+    low = ordered[0]
+    knee = front.knee if front.knee in trusted else ordered[len(ordered) // 2]
+    if not is_priced:
+        return {"low": low, "medium": knee, "high": best}
     high = best if cost_of(finished[best]) >= cost_of(finished[knee]) else knee
     return {"low": low, "medium": knee, "high": high}
 

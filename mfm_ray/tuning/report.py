@@ -271,8 +271,9 @@ def _response_chart(results: SweepResults, key: str, metric: str) -> str:
 def _preset_section(results: SweepResults, run: Storage) -> Iterator[str]:
     yield page.heading("Presets")
     yield page.paragraph(
-        "<b>low</b> is the cheapest trial of the front, <b>medium</b> its knee (closest to the best of every "
-        "objective), <b>high</b> the best of the first objective, reward hackers left out."
+        "<b>low</b> is the cheapest trial of the front (with no cost among the objectives: the least of the first), "
+        "<b>medium</b> its knee (closest to the best of every objective), <b>high</b> the best of the first objective, "
+        "reward hackers left out."
     )
     lines = [
         [f"<b>{name}</b>", str(index), *(_figure(results.metrics[index], metric) for metric in _shown(results))]

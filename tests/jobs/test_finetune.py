@@ -266,7 +266,7 @@ def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
     assert 1 <= max(ranks) <= 2
     checkpoint = newest_checkpoint(Storage(storage / name))
     assert checkpoint is not None
-    kept = safetensors.torch.load(checkpoint.read_bytes("ema_model.safetensors"))
+    kept = safetensors.torch.load(checkpoint.storage.read_bytes("ema_model.safetensors"))
     sizes = [tensor.numel() for key, tensor in kept.items() if ".lora_" in key]
     assert sum(sizes) == facts["tuned_parameters"]
     assert not any(".base_layer." in key for key in kept)

@@ -167,8 +167,8 @@ def test_a_sweep_measures_its_tunings_keeps_models_and_its_rows_tune_again(
         "defaults:\n  - override /scheduler: none\nobjectives: {reward: max, drift_change: min}\n"
     )
     monkeypatch.chdir(tmp_path)
-    model, words = tiny_models["tiny"], [f"storage={tmp_path}", "sweep=pair", "concurrent_trials=1", *SMALL]
-    words = [*words, "models_to_keep=1"]
+    model, words = tiny_models["tiny"], [f"storage={tmp_path}", "sweep=pair", *SMALL]
+    words = [*words, "name=pair", "concurrent_trials=1", "models_to_keep=1"]
 
     def run(*more: str) -> tuple[list[dict[str, Any]], list[str]]:
         config, log = sweep_config(model, *words, *more), []

@@ -112,3 +112,14 @@ def test_presets_rise_in_cost_and_leave_hackers_out():
     assert presets["high"] == 2
     costs = [trials[presets[name]]["nfe"] for name in ("low", "medium", "high")]
     assert costs == sorted(costs)
+
+
+def test_where_no_objective_is_a_cost_the_presets_rise_in_the_first_objective():
+    """Trial 1 has the most reward and took the least time, by chance: that makes it no `low`."""
+    trials = {
+        index: {"reward": reward, "frechet_distance": distance, "seconds": seconds}
+        for index, (reward, distance, seconds) in enumerate([(-30.0, 2.0, 15.0), (-5.0, 9.0, 13.0), (-12.0, 3.0, 14.0)])
+    }
+    front = find_front(trials, {"reward": "max", "frechet_distance": "min"})
+    assert front is not None
+    assert choose_presets(trials, front) == {"low": 0, "medium": 2, "high": 1}
