@@ -164,8 +164,8 @@ def _check_objectives(config: TrainingSweepConfig) -> None:
 
 def _write_model(run: JobRun, index: int, judge: Any) -> str:
     """The model directory of a trial that is kept, now with the judge beside it."""
+    from mfm_ray.training.checkpoint_store import newest_checkpoint
     from mfm_ray.training.final_model import export_checkpoint, newest_picture
-    from mfm_ray.training.launch import newest_checkpoint
     from mfm_ray.tuning.training_trial import training_folder
 
     folder = training_folder(run.storage, index)

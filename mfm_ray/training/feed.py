@@ -86,7 +86,7 @@ class TrainingData:
             label=None if self.labels is None else self.labels[index],
             rows=rows,
         )
-        for micro in mine.to(self.device).split(self.split.micro_batch_size):
+        for micro in mine.to(self.device).split(self.split.sizes(self.rank)):
             yield micro, KeyedNoise.for_rows(self.seed, micro.rows).fold_in(step)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mfm_ray.config import TrainConfig, TrainingConfig
@@ -24,6 +24,7 @@ from mfm_ray.networks import build_network
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
+from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, newest_checkpoint
 from mfm_ray.training.comm_op import check_comm_op
 from mfm_ray.training.ema import ema_decays
 from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
@@ -35,9 +36,7 @@ from mfm_ray.training.session import Measure, Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 from mfm_ray.training.trackers import check_trackers
 
-CHECKPOINTS = "checkpoints"
 _BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # a group that loses a node should not wait a minute for resources that are gone
@@ -82,14 +81,6 @@ class TrainingResult:
 
     metrics: dict[str, float]
     artifacts: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest registered checkpoint of a run and what it says of itself."""
-
-    storage: Storage
-    state: checkpoint.CheckpointState
 
 
 def check_config(config: TrainConfig) -> None:
@@ -187,15 +178,13 @@ def train_to_the_end(
 
     InputError for a checkpoint that is in the way or of another run, and as `fit` raises.
     """
-    found = newest_checkpoint(plan.run)
+    found = newest_checkpoint(plan.run, log)
     if found is not None and not resume:
         raise InputError(f"{plan.run.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
     if found is not None:
         checkpoint.check_compatible(
             found.storage,
             found.state,
-            world_size=num_workers(config),
-            stage=config.zero.stage,
             model=plan.model,
             data_sha256=data_sha256,
             ema_decays=ema_decays(config.ema_decay),
@@ -239,21 +228,6 @@ def model_config(config: TrainConfig, data: Manifest) -> dict[str, Any]:
     }
 
 
-def newest_checkpoint(storage: Storage) -> Found | None:
-    """The checkpoint from which Ray Train would go on, None when the run has none.
-
-    CheckpointError when it is named but cannot be used.
-    """
-    checkpoints = storage.child(CHECKPOINTS)
-    if not checkpoints.is_file(_RAY_SNAPSHOT):
-        return None
-    newest = checkpoints.read_json(_RAY_SNAPSHOT).get("latest_checkpoint_result")
-    if newest is None:
-        return None
-    folder = checkpoints.child(newest["checkpoint_dir_name"])
-    return Found(folder, checkpoint.read_state(folder))
-
-
 def is_complete(config: TrainingConfig, state: checkpoint.CheckpointState) -> bool:
     out_of_time = config.max_seconds is not None and state.seconds >= config.max_seconds
     return state.step >= config.max_steps or out_of_time
@@ -275,6 +249,7 @@ def fit(
     workers, each = num_workers(config), worker_resources(config, plan.cuda)
     wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
     display = ProgressDisplay(log) if shows_progress else nullcontext()
+    plan = replace(plan, reports=bool(callbacks))
     with environment_defaults(_RAY_ENVIRONMENT), display as progress:
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]
@@ -285,7 +260,6 @@ def fit(
                 name=CHECKPOINTS,
                 **plan.run.for_ray,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
                 callbacks=list(callbacks),
             ),
         )

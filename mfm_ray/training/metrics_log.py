@@ -63,8 +63,8 @@ class StepWindow:
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run, written by one process.
 
-    A run on a local path is written in place, line by line. Elsewhere the files grow in a local folder that `sync`
-    uploads. What an earlier attempt wrote after `resume_step` is removed, so that each step appears once.
+    A run on a local path is written in place, line by line. Elsewhere the files grow in a local folder that
+    `upload` copies there. What an earlier attempt wrote after `resume_step` is removed, so that each step appears once.
     """
 
     def __init__(self, run: Storage, *, resume_step: int) -> None:
@@ -93,20 +93,20 @@ class MetricsLog:
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
 
-    def sync(self) -> None:
-        """Make what was written so far readable in the run's storage."""
+    def flush(self) -> None:
+        """Make what was written so far readable here, and ready for `upload`."""
         self._lines.flush()
         self._events.flush()
-        self._upload()
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
-        self._upload()
+        self.upload()
         if not self._is_local:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _upload(self) -> None:
+    def upload(self) -> None:
+        """Make what was flushed readable in the run's storage; any thread may call it while lines are added."""
         if self._is_local:
             return
         for path in self._folder.iterdir():

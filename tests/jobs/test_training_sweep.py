@@ -25,7 +25,7 @@ from jobs.run_folder import RunFolder
 from mfm_ray.config import load_config
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import newest_checkpoint
+from mfm_ray.training.checkpoint_store import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

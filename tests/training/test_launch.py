@@ -9,7 +9,8 @@ from ray.train import WorkerGroupError
 from mfm_ray.config import TrainConfig, load_config
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import check_config, is_complete, newest_checkpoint, root_cause, wait_for_resources
+from mfm_ray.training.checkpoint_store import newest_checkpoint
+from mfm_ray.training.launch import check_config, is_complete, root_cause, wait_for_resources
 from mfm_ray.training.progress import ProgressState
 from tests.training.test_checkpoint import STATE
 
