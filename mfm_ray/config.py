@@ -72,7 +72,8 @@ class ZeroConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    num_workers: int | list[int] = setting("training workers", minimum=1)
+    num_workers: int | list[int] = setting("training workers; [least, most]: as many as there is room for", minimum=1)
+    resize_interval_s: float = setting("seconds between looks for room for more of them", above=0)
     use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker", minimum=0)
     start_timeout_s: float = setting("seconds to wait for the workers' resources", above=0)

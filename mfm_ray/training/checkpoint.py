@@ -123,8 +123,8 @@ def read_state(checkpoint: Storage) -> CheckpointState:
     Hashes are checked by whoever reads the files. Raises CheckpointError naming what is missing or wrong.
     """
     manifest = _read_manifest(checkpoint, 0)
-    for rank in range(manifest["world_size"]):
-        other = _read_manifest(checkpoint, rank)
+    # all manifests first: where one is not there yet, nothing is damaged
+    for rank, other in enumerate([_read_manifest(checkpoint, rank) for rank in range(manifest["world_size"])]):
         for field in ("step", "world_size", "stage"):
             if other[field] != manifest[field]:
                 raise CheckpointError(
@@ -334,8 +334,11 @@ class PieceReader:
             self._found.setdefault((kind, name), []).append(found)
 
 
-def read_feed(checkpoint: Storage, state: CheckpointState, rows: range) -> dict[str, Tensor]:
-    """What the feeds carried for these rows of the global batch, along dimension 1 of each tensor; nothing: {}."""
+def read_feed(checkpoint: Storage, state: CheckpointState, rows: range, batch_size: int) -> dict[str, Tensor]:
+    """What the feeds carried for these rows of the global batch, along dimension 1 of each tensor; nothing: {}.
+
+    CheckpointError when the checkpoint's global batch had another size.
+    """
     names = [feed_name(rank) for rank in range(state.world_size)]
     if not checkpoint.is_file(names[0]):
         return {}
@@ -344,6 +347,11 @@ def read_feed(checkpoint: Storage, state: CheckpointState, rows: range) -> dict[
         with TensorFile(checkpoint, name) as file:
             parts.append({key: file.read(key) for key in file.entries})
     whole = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+    if any(tensor.shape[1] != batch_size for tensor in whole.values()):
+        raise CheckpointError(
+            f"global_batch_size={batch_size}: {checkpoint.uri} holds anchors of another number of rows; resume with "
+            f"global_batch_size={state.config['global_batch_size']}"
+        )
     return {key: tensor[:, rows.start : rows.stop].contiguous() for key, tensor in whole.items()}
 
 

@@ -108,6 +108,10 @@ class BatchFeed:
             staged.hand_over(torch.cuda.current_stream(self._data.device))
         return staged.batches
 
+    def again(self, step: int) -> list[MicroBatch]:
+        """Any step's micro-batches, made once more."""
+        return list(self._data.micro_batches(step))
+
     def state(self) -> dict[str, Tensor]:
         """Nothing: the batches of a step follow from its number."""
         return {}

@@ -100,8 +100,14 @@ def is_bundled(name: str) -> bool:
 
 def check_training(config: TrainingConfig) -> None:
     """What every training has in common: batch, sharding, averages, trackers. ValueError, one line."""
-    workers = num_workers(config)
-    zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
+    workers = worker_range(config)
+    for number in workers:
+        zero.split_batch(
+            config.global_batch_size,
+            num_workers=number,
+            micro_batch_size=config.micro_batch_size,
+            even=isinstance(config.scaling.num_workers, int),
+        )
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     ema_decays(config.ema_decay)
     check_trackers(config.trackers)
@@ -117,13 +123,17 @@ def check_images(config: TrainConfig, data: Manifest) -> None:
             raise InputError(f"{key}={value}: {data.name} holds no images, expected 0")
 
 
-def num_workers(config: TrainingConfig) -> int:
-    if not isinstance(config.scaling.num_workers, int):
-        raise InputError(
-            f"scaling.num_workers={config.scaling.num_workers}: elastic training is not available yet, "
-            "expected one number"
-        )
-    return config.scaling.num_workers
+def worker_range(config: TrainingConfig) -> range:
+    """The numbers of workers that a run may have: one, or in elastic training all from the least to the most.
+
+    InputError for a list that is no such pair.
+    """
+    asked = config.scaling.num_workers
+    if isinstance(asked, int):
+        return range(asked, asked + 1)
+    if len(asked) != 2 or asked[0] > asked[1]:
+        raise InputError(f"scaling.num_workers={asked}: expected one number, or [least, most] for elastic training")
+    return range(asked[0], asked[1] + 1)
 
 
 def run_training(
@@ -234,10 +244,10 @@ def is_complete(config: TrainingConfig, state: checkpoint.CheckpointState) -> bo
 
 
 def uses_gpu(config: TrainingConfig) -> bool:
-    """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each worker."""
+    """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each of the least workers."""
     if config.scaling.use_gpu is not None:
         return config.scaling.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= num_workers(config)
+    return ray.cluster_resources().get("GPU", 0) >= worker_range(config)[0]
 
 
 def fit(
@@ -246,8 +256,8 @@ def fit(
     """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
     if not plan.cuda:
         check_comm_op()
-    workers, each = num_workers(config), worker_resources(config, plan.cuda)
-    wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
+    workers, each = worker_range(config), worker_resources(config, plan.cuda)
+    wait_for_resources(workers[0], each, config.scaling.start_timeout_s, log)
     display = ProgressDisplay(log) if shows_progress else nullcontext()
     plan = replace(plan, reports=bool(callbacks))
     with environment_defaults(_RAY_ENVIRONMENT), display as progress:
@@ -255,7 +265,12 @@ def fit(
             train_worker,  # type: ignore[arg-type]
             train_loop_config={"plan": plan if progress is None else replace(plan, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
+            scaling_config=ScalingConfig(
+                num_workers=workers[0] if len(workers) == 1 else (workers[0], workers[-1]),
+                use_gpu=plan.cuda,
+                resources_per_worker=each,
+                elastic_resize_monitor_interval_s=config.scaling.resize_interval_s,
+            ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 **plan.run.for_ray,

@@ -13,6 +13,7 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.training.background import Background
 from mfm_ray.training.checkpoint_store import CHECKPOINTS, Retention, folder_name, next_number
 from mfm_ray.training.device_peaks import memory_peak
+from mfm_ray.training.diverged import with_batches
 from mfm_ray.training.evaluation import Evaluations, hacked
 from mfm_ray.training.metrics_log import MetricsLog, TrainingDiverged
 from mfm_ray.training.progress import ProgressState
@@ -67,7 +68,7 @@ class Recorder:
     def record(self, done: int, *, last: bool) -> bool:
         """Average the figures since the last call; write a line of history. Whether an evaluation ends the run."""
         training = self._training
-        means = training.work.derived(training.window.flush()) | training.buckets.flush()
+        means = training.work.derived(self._means()) | training.buckets.flush()
         interval = time.monotonic() - self._interval_began
         numbers = {
             **means,
@@ -91,6 +92,13 @@ class Recorder:
             self._tell_progress(done, numbers)
         self._begin_interval(done)
         return self._is_hacked()
+
+    def _means(self) -> dict[str, float]:
+        """The figures of the steps since the last line. TrainingDiverged, with the batch saved that did it."""
+        try:
+            return self._training.window.flush()
+        except TrainingDiverged as error:
+            raise with_batches(self._training, error) from None
 
     def evaluate(self, done: int) -> None:
         """Hand the averaged weights to the evaluator, which takes its time."""

@@ -147,7 +147,9 @@ def _fill(training: Training, folder: Storage, state: checkpoint.CheckpointState
                 _fill_shards(reader, kind, pieces, shards)
     with checkpoint.TensorFile(folder, checkpoint.FIXED_FILE) as fixed:
         training.engine.set_buffers({name: fixed.read(name) for name in fixed.entries})
-    training.feed.load_state(checkpoint.read_feed(folder, state, training.split.rows_of(training.rank)))
+    split = training.split
+    feed = checkpoint.read_feed(folder, state, split.rows_of(training.rank), split.global_batch_size)
+    training.feed.load_state(feed)
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ from mfm_ray.noise import KeyedNoise
 from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.tuning_rows import TuningRows
 
+_KEPT = 16
+"""Steps whose targets are kept for the case that they made the loss diverge."""
+
 Result = TypeVar("Result")
 TunedBatch = tuple[DriftTargets, Tensor]
 """Targets, and the rewards of the anchors that they were made around, (B,)."""
@@ -57,6 +60,7 @@ class TargetFeed:
             TiltedChains(rows=sum(sizes), event_shape=shape, chains=chains, restart=restart) for _ in range(2)
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and not method.on_policy else None
+        self._kept: dict[int, list[TunedBatch]] = {}
         self._steps: Prefetcher[_Made] = Prefetcher(self._make, end=end)
 
     def take(self, step: int) -> list[TunedBatch]:
@@ -66,7 +70,12 @@ class TargetFeed:
         if made.finished is not None:
             made.hand_over(torch.cuda.current_stream(self._device))
         self._taken.put(step, made.visited)
+        self._kept = {**dict([*self._kept.items()][1 - _KEPT :]), step: made.batches}
         return made.batches
+
+    def again(self, step: int) -> list[TunedBatch] | None:
+        """The micro-batches of one of the last steps: targets cannot be made once more, the chains have moved on."""
+        return self._kept.get(step)
 
     def state(self) -> dict[str, Tensor]:
         """The chains as the steps that were taken left them."""

@@ -32,6 +32,9 @@ class Feed(Protocol):
 
     def take(self, step: int) -> Sequence[tuple[Any, ...]]: ...
 
+    def again(self, step: int) -> Sequence[tuple[Any, ...]] | None:
+        """The micro-batches of a step that was taken not long ago; None where they are gone."""
+
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None: ...
