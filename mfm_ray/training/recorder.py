@@ -26,6 +26,8 @@ from mfm_ray.training.trackers import open_trackers
 class Recorder:
     """What leaves the worker: metrics, progress, sample grids, checkpoints. Its methods are collective.
 
+    written: step of the newest checkpoint of which this worker's part is complete.
+
     A context: leaving it closes the log and the trackers, which learn whether the run failed.
     """
 
@@ -47,6 +49,7 @@ class Recorder:
             order=config.checkpoint_score_order,
         )
         self._number = self._first_number()
+        self.written = start
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
@@ -175,6 +178,7 @@ class Recorder:
             self._retention.prune(before=number)
             self._log.upload()
         snapshot.write(run.child(CHECKPOINTS, folder_name(number, done)))
+        self.written = done
 
     def _report(self, done: int) -> None:
         """Tell Ray Train's callbacks, who may look for the checkpoint at once. Collective."""
