@@ -189,8 +189,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # a checkpoint that is under way is good whatever ended the run after it
-        self._background.wait() if kind is None else self._background.settle()
+        self._background.settle()  # a checkpoint that is under way is good whatever ended the run after it
         if self._log is not None:
             self._log.close()
         for tracker in self._trackers:
