@@ -74,7 +74,7 @@ def _typed_trials(config: TrainingSweepConfig) -> list[Any]:
 
 
 def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], prepared: Prepared) -> dict[int, Any]:
-    from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_resources
+    from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_range, worker_resources
     from mfm_ray.tuning.training_sweep import run_training_sweep
     from mfm_ray.tuning.training_trial import TrainingSpec
 
@@ -91,7 +91,7 @@ def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], prepared: Pre
     with ray_cluster(run.log):
         if config.scaling.use_gpu and num_gpus() == 0:
             raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
-        each, workers = worker_resources(config, uses_gpu(config)), int(config.scaling.num_workers)  # type: ignore[arg-type]
+        each, workers = worker_resources(config, uses_gpu(config)), worker_range(config)[-1]
         wait_for_resources(workers, each, config.scaling.start_timeout_s, run.log)
         room = room_for(each, own_cpus=len(os.sched_getaffinity(0)))
         concurrent = config.concurrent_trials or max(1, room // workers)
@@ -175,8 +175,8 @@ def _write_models(run: JobRun, kept: Sequence[int], judge: Any) -> dict[int, str
 
     An earlier call that kept fewer has removed the checkpoints of the others: those trials have no model.
     """
+    from mfm_ray.training.checkpoint_store import newest_checkpoint
     from mfm_ray.training.final_model import export_checkpoint, newest_picture
-    from mfm_ray.training.launch import newest_checkpoint
     from mfm_ray.tuning.training_trial import training_folder
 
     models = {}

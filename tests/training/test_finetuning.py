@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,8 @@ from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.finetuning import NORMALISER_ROWS, Finetuning
 from mfm_ray.training.loop import training_step
-from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.snapshot import read_checkpoint, write_checkpoint
 from mfm_ray.training.target_feed import TargetsError
 from mfm_ray.training.zero import LearningRate
 
@@ -192,7 +191,7 @@ def full(training: Training, source: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in source.full_tensors(training.flow_map)}
 
 
-def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
+def run_case(name: str, folder: Path) -> dict[str, Any]:
     """Train to the end in one go; and again with a checkpoint, a new engine and the rest."""
     plan = plan_of(CASES[name], folder)
     training = set_up(plan)
@@ -205,25 +204,22 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         "chains": training.feed.state(),
     }
     if name in RESUMED:
-        result |= run_interrupted(plan, folder / f"checkpoint-{name}", rank)
+        result |= run_interrupted(plan, folder / f"checkpoint-{name}")
     return result
 
 
-def run_interrupted(plan: Plan, folder: Path, rank: int) -> dict[str, Any]:
+def run_interrupted(plan: Plan, folder: Path) -> dict[str, Any]:
     first = set_up(plan)
     steps(first, 0, RESUME_AT)
-    mine = folder / f"rank-{rank}"
-    mine.mkdir(parents=True)
-    write_checkpoint(first, mine, done=RESUME_AT, figures={"loss": 1.0})
+    write_checkpoint(first, Storage(folder), done=RESUME_AT, figures={"loss": 1.0})
     first.feed.close()
-    merged = folder / "merged"
-    for writer in range(torch.distributed.get_world_size()):
-        torch.distributed.barrier()
-        if writer == rank:
-            shutil.copytree(mine, merged, dirs_exist_ok=True)
     torch.distributed.barrier()
+    return go_on(plan, folder)
+
+
+def go_on(plan: Plan, folder: Path) -> dict[str, Any]:
     second = set_up(plan)
-    done = read_checkpoint(second, merged)
+    done = read_checkpoint(second, Storage(folder))
     history = steps(second, done, STEPS)
     second.feed.close()
     return {
@@ -251,11 +247,11 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in address.items()})
     store = f"file://{folder}/store-{world_size}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    results = {
-        name: run_case(name, Path(folder), rank) for name, case in CASES.items() if case.world_size == world_size
-    }
+    results = {name: run_case(name, Path(folder)) for name, case in CASES.items() if case.world_size == world_size}
     if world_size == 2:
         results["broken"] = run_broken(Path(folder))
+    else:
+        results["moved"] = go_on(plan_of(CASES["one"], Path(folder)), Path(folder) / "checkpoint-two")
     torch.save(results, Path(folder) / f"{world_size}-rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -264,7 +260,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("finetuning")
     write_inputs(place)
-    for size in (1, 2):
+    for size in (2, 1):  # one worker goes on from a checkpoint of two
         torch.multiprocessing.spawn(worker, (size, str(place)), nprocs=size)
     return place
 
@@ -345,6 +341,17 @@ def test_the_chains_are_the_same_to_the_bit_whoever_holds_them(
     )
     for part, whole in expected.items():
         assert torch.equal(held[part].nan_to_num(), whole.nan_to_num()), part
+
+
+def test_one_worker_goes_on_with_the_chains_of_two(results: dict[str, list[dict[str, Any]]]) -> None:
+    (moved,), (whole,) = results["moved"], results["one"]
+    actual, expected = (
+        torch.tensor([list(step.values()) for step in history])
+        for history in (moved["resumed_history"], whole["history"][RESUME_AT:])
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for key, tensor in whole["chains"].items():
+        torch.testing.assert_close(moved["resumed_chains"][key], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", RESUMED)
