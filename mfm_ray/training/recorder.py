@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self, training: Training, start: int) -> None:
         self._training = training
-        self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
+        self._log = self._open_log(start) if training.rank == 0 else None
         self._trackers = open_trackers(training.config, training.plan.run) if training.rank == 0 else []
         evaluates = training.rank == 0 and training.plan.evaluator is not None
         self._evaluations = Evaluations(training.plan.evaluator, start=start) if evaluates else None
@@ -41,6 +41,18 @@ class Recorder:
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
+
+    def _open_log(self, start: int) -> MetricsLog:
+        run = self._training.plan.run
+        return self._training.patience.insist("the metrics", lambda: MetricsLog(run, resume_step=start))
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Copy this rank's files to the run's storage, which may be away for a while."""
+        storage = ray.train.get_context().get_storage()
+        return self._training.patience.insist(
+            f"the checkpoint of step {self.figures['step']}",
+            lambda: storage.persist_current_checkpoint(checkpoint, name),
+        )
 
     @property
     def line_every(self) -> list[int]:
@@ -67,8 +79,8 @@ class Recorder:
         numbers |= newest
         self.figures = {"step": done, **numbers}
         for line in (*earlier, numbers):
-            if self._log is not None:
-                self._log.write(done, line)
+            if self._log is not None and (refusal := self._log.write(done, line)) is not None:
+                training.heartbeat.say(f"the metrics of step {done} are kept back: {refusal}")
             for tracker in self._trackers:
                 tracker.log(done, line)
         if self._log is not None:
@@ -102,7 +114,7 @@ class Recorder:
         training, weights = self._training, self._averaged_weights()
         if training.rank == 0:
             samples = training.work.pictures(weights, training.engine.device)
-            write_sample_grid(training.plan.run, done, samples)
+            training.patience.insist("the samples", lambda: write_sample_grid(training.plan.run, done, samples))
         self._begin_interval(done)
 
     def _averaged_weights(self) -> dict[str, Tensor]:
@@ -120,9 +132,14 @@ class Recorder:
         with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:
             write_checkpoint(self._training, Path(folder), done=done, figures=self.figures)
             if self._log is not None:
-                self._log.sync()
+                self._training.patience.insist("the metrics", self._log.flush)
+                self._training.patience.insist("the metrics", self._log.upload)
             # Ray Train's callbacks see the figures; nobody reads them elsewhere
-            ray.train.report({**self.figures, "step": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            ray.train.report(
+                {**self.figures, "step": done},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_upload_fn=self._upload,
+            )
         self._begin_interval(done)
 
     def __enter__(self) -> Recorder:
@@ -130,9 +147,18 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._log is not None:
-            self._log.close()
+            self._close_log(self._log, failed=kind is not None)
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
+
+    def _close_log(self, log: MetricsLog, *, failed: bool) -> None:
+        if not failed:
+            self._training.patience.insist("the metrics", log.close)
+            return
+        try:
+            log.close()
+        except OSError as error:  # what failed first is what the run ends with
+            self._training.heartbeat.say(f"the metrics of the last steps are lost: {error}")
 
     def _averaged_model(self) -> FlowMap | None:
         """The averaged model on rank 0's device, None on the others, which take part in gathering it. Collective."""

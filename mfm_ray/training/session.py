@@ -17,7 +17,9 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.ema import ShardedEMA, ema_decays
+from mfm_ray.training.heartbeat import Heartbeat
 from mfm_ray.training.metrics_log import StepWindow
+from mfm_ray.training.patience import Patience
 from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.task import Feed, Task, Work
 from mfm_ray.training.throughput import Throughput
@@ -38,7 +40,8 @@ class Plan:
     config: the resolved training configuration; data, run: locations of the shards, None where there are none, and of
     the run's folder; model: the config.json of the model; task: which kind of training it is; progress, evaluator:
     handles of the actors that show progress and evaluate, or None; measure: what is measured on the averaged model at
-    each checkpoint, on rank 0, or None; start_from: a checkpoint of another run that this one goes on from, or None.
+    each checkpoint, on rank 0, or None; start_from: a checkpoint of another run that this one goes on from, or None;
+    monitor: handle of the actor that workers send heartbeats to, or None.
     """
 
     config: dict[str, Any]
@@ -51,6 +54,7 @@ class Plan:
     evaluator: Any = None
     measure: Measure | None = None
     start_from: Storage | None = None
+    monitor: Any = None
 
     @property
     def source(self) -> Storage:
@@ -79,6 +83,7 @@ class Training:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     data_seconds: float = 0.0
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -89,6 +94,12 @@ class Training:
     def seconds(self) -> float:
         """Seconds of training, those of earlier attempts included."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def patience(self) -> Patience:
+        """For whatever is written to the run's storage."""
+        beat = self.heartbeat
+        return Patience(timeout_s=self.config.faults.storage_timeout_s, say=beat.say, alive=beat.moved)
 
     def note(self, step: int, figures: Tensor) -> None:
         """Keep the figures of a step, (micro-steps, n) as `Work.module` returns them, without waiting for them."""
