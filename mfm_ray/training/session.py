@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.ema import ShardedEMA, ema_decays
+from mfm_ray.training.heartbeat import Heartbeat
 from mfm_ray.training.metrics_log import StepWindow
+from mfm_ray.training.patience import Patience
 from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.task import Feed, Task, Work
 from mfm_ray.training.throughput import Throughput
 from mfm_ray.training.time_buckets import BucketWindow
 from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare, split_batch, zero_config
-
-_logger = logging.getLogger(__name__)
 
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (its largest value) of malloc.h, in bytes
 _MALLOC_OPTIONS = {-1: 1 << 30, -2: 64 << 20, -3: 32 << 20}
@@ -42,7 +41,8 @@ class Plan:
     the run's folder; model: the config.json of the model; task: which kind of training it is; progress, evaluator:
     handles of the actors that show progress and evaluate, or None; measure: what is measured on the averaged model at
     each checkpoint, on rank 0, or None; start_from: a checkpoint of another run that this one goes on from, or None;
-    reports: whether callbacks of Ray Train wait for the figures of each checkpoint.
+    reports: whether callbacks of Ray Train wait for the figures of each checkpoint; monitor: handle of the actor that
+    workers send heartbeats to, or None.
     """
 
     config: dict[str, Any]
@@ -56,6 +56,7 @@ class Plan:
     measure: Measure | None = None
     start_from: Storage | None = None
     reports: bool = False
+    monitor: Any = None
 
     @property
     def source(self) -> Storage:
@@ -84,6 +85,7 @@ class Training:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     data_seconds: float = 0.0
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -97,12 +99,14 @@ class Training:
 
     def say(self, line: str) -> None:
         """A line for whoever watches the run, from rank 0."""
-        if self.rank != 0:
-            return
-        if self.plan.progress is None:
-            _logger.warning(line)
-        else:
-            self.plan.progress.say.remote(line)
+        if self.rank == 0:
+            self.heartbeat.say(line)
+
+    @property
+    def patience(self) -> Patience:
+        """For whatever is written to the run's storage."""
+        beat = self.heartbeat
+        return Patience(timeout_s=self.config.faults.storage_timeout_s, say=beat.say, alive=beat.moved)
 
     def note(self, step: int, figures: Tensor) -> None:
         """Keep the figures of a step, (micro-steps, n) as `Work.module` returns them, without waiting for them."""
