@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -40,6 +41,8 @@ def preview_events(generation: Generation, preview: Preview) -> list[dict[str, A
             "b64_json": encode_png(torch.tensor(image)),
             "partial_image_index": preview.number,
             "image_index": index,
+            "step": preview.step,
+            "num_steps": generation.num_steps,
             **_of_every_event(generation),
         }
         for index, image in enumerate(preview.images)
@@ -86,7 +89,7 @@ def steering_as_done(generation: Generation, done: Finished) -> dict[str, Any]:
 
 
 def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]:
-    return {
+    image = {
         "b64_json": encode_png(torch.tensor(done.images[index])),
         "seed": generation.seed,
         "index": index,
@@ -94,6 +97,13 @@ def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]
         "rewards": {title: float(values[index]) for title, values in done.rewards.items()},
         "nfe": done.nfe,
     }
+    return {**image, "trace": _trace(done, index)} if "trace" in generation.include else image
+
+
+def _trace(done: Finished, index: int) -> dict[str, list[float | None]]:
+    """One number a step; JSON has no infinity, so that a value that is none is null."""
+    traced = {name: values[:, index].tolist() for name, values in done.trace.items()}
+    return {name: [v if math.isfinite(v) else None for v in values] for name, values in traced.items()}
 
 
 def _of_every_event(generation: Generation) -> dict[str, Any]:

@@ -23,14 +23,17 @@ from .generation import Event, Finished, Generation, Preview
 from .heartbeat import with_heartbeats
 from .idempotency import HEADER, MAX_LENGTH, Idempotency, seed_of
 from .keys import Keys
+from .methods import describe_methods
 from .metrics import requests_total
-from .models import ModelCard
-from .pictures import decode_png
+from .models import ModelCard, heldout_images
+from .page import PREFIX, page
+from .pictures import decode_png, encode_png
 from .resolve import Resolver, at_most
 from .schema import GenerationRequest, RewardRequest, ScoreRequest
 
 _UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """For proxies on the way: an event is passed on at once, and never answered from a cache."""
+_NO_ROWS = "row: this model's data has no held-out images here"
 _FIELDS = {
     "": GenerationRequest.model_fields,
     "steering.rewards": RewardRequest.model_fields,
@@ -53,7 +56,10 @@ def build_api(
     app.get("/v1/rewards")(routes.rewards)
     app.get("/healthz")(routes.healthz)
     app.get("/readyz")(routes.readyz)
+    app.get("/v1/models/{name}/heldout/{row}")(routes.heldout)
+    app.get("/v1/methods")(routes.methods)
     app.get("/", include_in_schema=False)(routes.index)
+    app.get(PREFIX + "{name}", include_in_schema=False)(routes.page)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
@@ -118,8 +124,31 @@ class Routes:
             raise ApiError(503, "no sampler is ready", code="not_ready", retry=True, retry_after_s=2)
         return {"status": "ready"}
 
+    async def heldout(self, name: str, row: int) -> dict[str, Any]:
+        """A held-out image of the model's bundled data, as `masked_observation` sees it by its `row`."""
+        card = self._resolver.model(name)
+        if not 0 <= row < card.num_heldout:
+            raise wrong_value(
+                "row", f"row={row}: expected 0 to {card.num_heldout - 1}" if card.num_heldout else _NO_ROWS
+            )
+        image = await asyncio.to_thread(lambda: encode_png(heldout_images(card.data_name)[row]))
+        return {"object": "image", "model": card.id, "row": row, "b64_json": image}
+
+    async def methods(self) -> dict[str, Any]:
+        """Methods that steer, with their arguments and defaults; limits: the most that one request may have."""
+        limits = self._resolver.limits
+        return {"object": "list", "data": describe_methods(limits), "limits": limits.model_dump()}
+
     async def index(self) -> Response:
-        return Response("mfm-ray serves here; its routes and their fields are at /docs\n", media_type="text/plain")
+        """The playground."""
+        return await self.page("index.html")
+
+    async def page(self, name: str) -> Response:
+        """A file of the playground."""
+        found = page(name)
+        if found is None:
+            raise HTTPException(404, "no such file")
+        return found
 
     def _described(self, card: ModelCard) -> dict[str, Any]:
         """The entry of GET /v1/models. presets: what each quality means here, empty for the built-in ones."""
@@ -235,7 +264,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
 
 def _from_validation(first: Mapping[str, Any]) -> ApiError:
     """One line from the first thing that the schema found wrong."""
-    place = [part for part in first["loc"] if part != "body"]
+    place = list(first["loc"][1:])  # the first says where in the request: body, path
     if first["type"] == "json_invalid":
         return wrong_value("body", f"body: no JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
     param = _dotted(place) or "body"

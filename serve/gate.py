@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from .errors import ApiError, internal
 from .keys import Keys
+from .page import is_page
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Gate:
             await answer.refuse(internal())
 
     def _admit(self, scope: Any, headers: Headers, state: dict[str, Any]) -> None:
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in _OPEN_PATHS or is_page(scope["path"]):
             return
         client = (scope.get("client") or (None,))[0]
         state["key"] = self.keys.admit(headers.get("authorization"), client)

@@ -306,7 +306,8 @@ class _Run:
             while self._previews and step >= self._previews[0]:
                 self._previews.pop(0)
                 images = await asyncio.to_thread(self.ticket.preview)
-                yield Preview(self.generation.previews - len(self._previews) - 1, images.cpu().numpy())
+                number = self.generation.previews - len(self._previews) - 1
+                yield Preview(number, images.cpu().numpy(), min(step, self.generation.num_steps))
             if time.monotonic() >= self._next_snapshot:
                 yield Progress(step, await asyncio.to_thread(lambda: self.ticket.snapshot().to_bytes()))
                 self._next_snapshot = time.monotonic() + self._every_s
@@ -320,7 +321,9 @@ class _Run:
             parts = self._parts(samples.images, total)
         except Exception as error:
             return _failure(error, list(self.rewards))
-        return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls)
+        trace = samples.trace if "trace" in self.generation.include else {}
+        traced = {name: values.cpu().numpy() for name, values in trace.items()}
+        return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls, trace=traced)
 
     def _parts(self, images: torch.Tensor, total: np.ndarray | None) -> dict[str, np.ndarray]:
         """Each reward's own value; a single one of weight 1 is known already."""

@@ -64,6 +64,10 @@ class GenerationRequest(Body):
     stream: bool | None = False
     partial_images: int | None = Field(default=0, ge=0, le=3)
     user: str | None = None
+    include: list[Literal["trace"]] = Field(
+        default_factory=list,
+        description="what the answer has beside the images: trace, the value estimate of each step",
+    )
     steering: SteeringRequest | None = None
 
 
