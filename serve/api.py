@@ -272,7 +272,7 @@ def _from_validation(first: Mapping[str, Any]) -> ApiError:
         return wrong_value(param, f"{param}: unknown field{_hint(place)}")
     if first["type"] == "missing":
         return wrong_value(param, f"{param}: missing")
-    shown = repr(first.get("input"))
+    shown = "{...}" if first["type"] == "too_many_fields" else repr(first.get("input"))
     message = str(first["msg"]).replace("Input should be", "expected")
     return wrong_value(param, f"{param}={shown[:60]}: {message[:1].lower()}{message[1:]}")
 

@@ -78,7 +78,7 @@ class Playground {
       const radio = el("input", { type: "radio", name: group, id, value: name, checked: name === "" });
       return el("span", { class: "chip" }, radio, el("label", { for: id }, name || "any"));
     });
-    const box = el("fieldset", { class: "chips wide" }, el("legend", {}, "Class"), ...chips);
+    const box = el("fieldset", { class: "chips classes wide" }, el("legend", {}, "Class"), ...chips);
     this.classValue = () => box.querySelector("input:checked").value;
     return box;
   }

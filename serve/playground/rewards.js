@@ -116,7 +116,8 @@ class RewardCard {
             maximum: allowed.maximum,
             whole,
           });
-    this.inputs[key] = { wrapper: field({ label, hint: hintOf(allowed), param: "", input }), inputs: [input], allowed };
+    const wide = allowed.description.length > 60;
+    this.inputs[key] = { wrapper: field({ label, hint: hintOf(allowed), param: "", input, wide }), inputs: [input], allowed };
     return this.inputs[key].wrapper;
   }
 

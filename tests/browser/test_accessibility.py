@@ -13,14 +13,16 @@ CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
   const rgba = text => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
-  const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = c => { const [r, g, b] = c.map(v => linear(v / 255));
     return .2126 * r + .7152 * g + .0722 * b; };
   const behind = node => { for (let e = node; e; e = e.parentElement) {
     const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] > .99) return c; } return [255, 255, 255, 1]; };
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
   for (let n = walker.nextNode(); n; n = walker.nextNode()) {
     const e = n.parentElement, style = getComputedStyle(e);
-    if (!n.textContent.trim() || !e.checkVisibility() || e.closest('noscript, option, .skip, button:disabled')) continue;
+    if (!n.textContent.trim() || !e.checkVisibility()) continue;
+    if (e.closest('noscript, option, .skip, button:disabled')) continue;
     const colour = rgba(e instanceof SVGElement ? style.fill : style.color).slice(0, 3);
     const [a, b] = [light(colour), light(behind(e).slice(0, 3))].sort((x, y) => y - x);
     found.push([(a + .05) / (b + .05), n.textContent.trim().slice(0, 40)]);
