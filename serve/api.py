@@ -18,7 +18,7 @@ from .answers import KEEP_ALIVE, completed_events, generation_answer, preview_ev
 from .backend import Backend
 from .catalogue import describe
 from .errors import ApiError, deadline_passed, error_event, internal, too_busy, wrong_value
-from .gate import BodyTooLargeError, Gate, log, too_large
+from .gate import BodyError, Gate, log
 from .generation import Event, Finished, Generation, Preview
 from .heartbeat import with_heartbeats
 from .idempotency import HEADER, MAX_LENGTH, Idempotency, seed_of
@@ -63,7 +63,10 @@ def build_api(
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Gate, keys=keys, body_bytes=resolver.limits.body_bytes, names_requests=names_requests)
+    limits = resolver.limits
+    app.add_middleware(
+        Gate, keys=keys, body_bytes=limits.body_bytes, body_s=limits.body_s, names_requests=names_requests
+    )
     return app
 
 
@@ -255,8 +258,8 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: no such route, no such method, a body that grew too large."""
     assert isinstance(error, HTTPException)
-    if isinstance(error, BodyTooLargeError):
-        return await _answer_error(request, too_large(error.limit))
+    if isinstance(error, BodyError):
+        return await _answer_error(request, error.error)
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return await _answer_error(request, ApiError(error.status_code, message, code=code, retry=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -27,8 +28,9 @@ class Gate:
     names_requests: whether x-request-id is put into answers here; Serve's own proxy does so where there is one.
     """
 
-    def __init__(self, app: Any, *, keys: Keys, body_bytes: int, names_requests: bool) -> None:
-        self.app, self.keys, self.body_bytes, self.names_requests = app, keys, body_bytes, names_requests
+    def __init__(self, app: Any, *, keys: Keys, body_bytes: int, body_s: float, names_requests: bool) -> None:
+        self.app, self.keys, self.names_requests = app, keys, names_requests
+        self.body_bytes, self.body_s = body_bytes, body_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -42,7 +44,7 @@ class Gate:
         state["request_id"] = answer.request_id
         try:
             self._admit(scope, headers, state)
-            await self.app(scope, _limited(receive, self.body_bytes), answer)
+            await self.app(scope, _limited(receive, self.body_bytes, self.body_s), answer)
         except ApiError as error:
             await answer.refuse(error)
         except Exception:
@@ -90,26 +92,39 @@ class _Answer:
         await self({"type": "http.response.body", "body": content})
 
 
-class BodyTooLargeError(HTTPException):
+class BodyError(HTTPException):
     """Raised while a body is being read; FastAPI lets HTTP exceptions pass."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(413)
-        self.limit = limit
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status)
+        self.error = error
 
 
-def _limited(receive: Any, limit: int) -> Any:
-    read = 0
+def _limited(receive: Any, limit: int, patience_s: float) -> Any:
+    """`receive` for a body of so many bytes that must have come within so many seconds; what is received after it, such
+    as the client's going away, may take its time."""
+    read, ended, end = 0, False, asyncio.get_running_loop().time() + patience_s
 
     async def limited() -> Any:
-        nonlocal read
-        message = await receive()
+        nonlocal read, ended
+        if ended:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), max(end - asyncio.get_running_loop().time(), 0.0))
+        except asyncio.TimeoutError as error:
+            raise BodyError(_too_slow(patience_s)) from error
+        ended = not message.get("more_body", False)
         read += len(message.get("body", b""))
         if read > limit:
-            raise BodyTooLargeError(limit)
+            raise BodyError(too_large(limit))
         return message
 
     return limited
+
+
+def _too_slow(patience_s: float) -> ApiError:
+    message = f"body: not here after {patience_s:g} s"
+    return ApiError(400, message, param="body", code="body_too_slow", retry=True)
 
 
 def too_large(limit: int) -> ApiError:

@@ -18,6 +18,7 @@ class Limits(Settings):
     """The largest of everything that a request can make large."""
 
     body_bytes: PositiveInt = Field(default=8 * 2**20, description="body of any request")
+    body_s: PositiveFloat = Field(default=30.0, description="seconds until all of a body has come")
     prompt_chars: PositiveInt = Field(default=4096, description="prompt")
     images: PositiveInt = Field(default=16, description="n")
     particles: PositiveInt = Field(default=1024, description="steering.num_particles")

@@ -26,10 +26,11 @@ export function freshId(prefix) {
   return `${prefix}-${count}`;
 }
 
-// Numbers as people read them: -3.21, 12 400, 0.004.
+// Numbers as people read them: −3.21, 12,400, 0.004.
 export function shown(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   const digits = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.1 || size === 0 ? 2 : 4;
-  return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 2) });
+  const text = value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: Math.min(digits, 2) });
+  return text.replace("-", "−");
 }

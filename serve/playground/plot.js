@@ -17,7 +17,7 @@ export function plot(runs, width) {
   for (const tick of axis.ticks) {
     picture.append(
       svg("line", { class: "grid", x1: ROOM.left, x2: width - ROOM.right, y1: y(tick), y2: y(tick) }),
-      svg("text", { class: "tick", x: ROOM.left - 8, y: y(tick) + 4, "text-anchor": "end" }, tick.toLocaleString("en")),
+      svg("text", { class: "tick", x: ROOM.left - 8, y: y(tick) + 4, "text-anchor": "end" }, tick.toLocaleString("en").replace("-", "−")),
     );
   }
   picture.append(

@@ -87,6 +87,12 @@ class RewardCard {
     return this.reward.id;
   }
 
+  // Its name, with a weight that is not 1.
+  title() {
+    const weight = this.weight.value;
+    return `${this.name.replaceAll("_", " ")}${weight === "" || Number(weight) === 1 ? "" : ` × ${weight}`}`;
+  }
+
   choose(name) {
     this.reward = this.list.rewards.find((reward) => reward.id === name);
     this.doc.textContent = this.reward.description;

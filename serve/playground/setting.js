@@ -14,12 +14,15 @@ export class Setting {
   constructor({ title, rewards, methods, limits, model, onchange }) {
     Object.assign(this, { title, methods, limits, onchange });
     this.list = new RewardList({ rewards, model, onchange });
-    this.method = selectInput([["", "by itself"], ...methods.map((m) => [m.id, m.id.replaceAll("_", " ")])], "");
+    this.byDefault = el("option", { value: "" });
+    this.method = selectInput(methods.map((m) => [m.id, m.id.replaceAll("_", " ")]), "");
+    this.method.prepend(this.byDefault);
+    this.method.value = "";
     this.method.addEventListener("change", () => this.chooseMethod());
     this.doc = el("p", { class: "hint" });
     this.main = el("div", { class: "params" });
     this.steps = numberInput({ placeholder: 50, minimum: 1, maximum: limits.steps, whole: true });
-    this.dynamics = selectInput([["", "by itself"], "ode", "sde"], "");
+    this.dynamics = selectInput([["", ""], "ode", "sde"], "");
     this.further = el("div", { class: "params" });
     this.more = el("details", { class: "more" }, el("summary", {}, "More of the method"), this.further);
     const how = el("fieldset", { class: "group" }, el("legend", {}, "How"), this.methodField(), this.doc, this.main, this.more);
@@ -31,17 +34,23 @@ export class Setting {
     return field({ label: "Method", param: "steering.method", input: this.method, wide: true });
   }
 
-  // The method that answers: the one chosen, or what the server takes by default.
+  // What the server takes when none is chosen: the first method, or none without rewards.
+  usual() {
+    return this.list.cards.length ? this.methods[0].id : "none";
+  }
+
+  // The method that answers.
   actual() {
-    const byDefault = this.list.cards.length ? this.methods[0].id : "none";
-    return this.methods.find((method) => method.id === (this.method.value || byDefault));
+    return this.methods.find((method) => method.id === (this.method.value || this.usual()));
   }
 
   chooseMethod() {
     const method = this.actual();
+    this.byDefault.textContent = `default: ${this.usual().replaceAll("_", " ")}`;
     if (method === this.chosen) return;
     this.chosen = method;
     this.doc.textContent = method.description;
+    this.dynamics.options[0].textContent = `default: ${method.dynamics}`;
     this.inputs = Object.fromEntries(Object.entries(method.arguments).map(([key, allowed]) => [key, argumentInput(key, allowed)]));
     const fields = Object.entries(this.inputs).map(([key, input]) => [
       key,
@@ -68,9 +77,9 @@ export class Setting {
     return steering;
   }
 
-  // A line that says what it is: "gradient towards symmetry".
+  // A line that says what it is: "gradient towards symmetry × 0.5".
   summary() {
-    const names = this.list.cards.map((card) => card.name.replaceAll("_", " "));
+    const names = this.list.cards.map((card) => card.title());
     const method = this.actual().id.replaceAll("_", " ");
     return names.length ? `${method} towards ${names.join(" and ")}` : "unsteered";
   }

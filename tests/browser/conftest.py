@@ -81,7 +81,7 @@ def visit(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Callable
     def visit_page(url: str, *, width: int = 1240, height: int = 900, ready: bool = True, **options: Any) -> Page:
         options.setdefault("permissions", ["clipboard-read", "clipboard-write"])
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(15_000)
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)

@@ -70,7 +70,9 @@ def test_images_come_with_previews_rewards_calls_and_the_values_way(served, visi
     assert shown_images(page) == [image["b64_json"] for image in answer["data"]]
     rewards = page.locator("figcaption .reward").all_inner_texts()
     expected = [image["reward"] for image in answer["data"]]
-    assert [float(text.replace(",", "")) for text in rewards] == pytest.approx(expected, rel=0.02, abs=0.51)
+    assert [float(text.replace(",", "").replace("−", "-")) for text in rewards] == pytest.approx(
+        expected, rel=0.02, abs=0.51
+    )
     status = page.locator(".status").inner_text()
     assert f"{answer['data'][0]['nfe']:,.0f} network calls an image" in status
     drawn = page.locator("svg.plot path.trace")
