@@ -30,7 +30,14 @@ def generation_answer(generation: Generation, done: Finished) -> dict[str, Any]:
         "data": [_image(generation, done, index) for index in range(len(done.images))],
         "usage": usage(done, len(done.images)),
         "steering": steering_as_done(generation, done),
+        **_timing(generation, done),
     }
+
+
+def _timing(generation: Generation, done: Finished) -> dict[str, Any]:
+    """Where the seconds went, where that was asked for. What total_s has beyond the others is transport."""
+    seconds = {name: round(value, 6) for name, value in done.timing.items()}
+    return {"timing": seconds} if "timing" in generation.include else {}
 
 
 def preview_events(generation: Generation, preview: Preview) -> list[dict[str, Any]]:
@@ -59,6 +66,7 @@ def completed_events(generation: Generation, done: Finished) -> list[dict[str, A
             "usage": usage(done, 1),
             "cfg_scale": generation.cfg_scale,
             "steering": steering_as_done(generation, done),
+            **_timing(generation, done),
         }
         for index in range(len(done.images))
     ]
@@ -97,7 +105,9 @@ def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]
         "rewards": {title: float(values[index]) for title, values in done.rewards.items()},
         "nfe": done.nfe,
     }
-    return {**image, "trace": _trace(done, index)} if "trace" in generation.include else image
+    if "trace" in generation.include:
+        image["trace"] = _trace(done, index)
+    return image
 
 
 def _trace(done: Finished, index: int) -> dict[str, list[float | None]]:

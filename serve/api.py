@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,11 +43,17 @@ _FIELDS = {
 
 
 def build_api(
-    backend: Backend, resolver: Resolver, keys: Keys, *, heartbeat_s: float = 10.0, names_requests: bool = True
+    backend: Backend,
+    resolver: Resolver,
+    keys: Keys,
+    *,
+    heartbeat_s: float = 10.0,
+    names_requests: bool = True,
+    access_log: bool = False,
 ) -> FastAPI:
     """The ASGI application over a backend.
 
-    heartbeat_s: a stream with nothing to say for so long sends a comment. names_requests: as in `Gate`.
+    heartbeat_s: a stream with nothing to say for so long sends a comment. names_requests, access_log: as in `Gate`.
     """
     app = FastAPI(title="mfm-ray", description="Reward-steered generation with Meta Flow Maps: OpenAI's Images API.")
     routes = Routes(backend, resolver, heartbeat_s)
@@ -65,7 +73,12 @@ def build_api(
     app.add_exception_handler(HTTPException, _answer_http)
     limits = resolver.limits
     app.add_middleware(
-        Gate, keys=keys, body_bytes=limits.body_bytes, body_s=limits.body_s, names_requests=names_requests
+        Gate,
+        keys=keys,
+        body_bytes=limits.body_bytes,
+        body_s=limits.body_s,
+        names_requests=names_requests,
+        access_log=access_log,
     )
     return app
 
@@ -170,11 +183,12 @@ class Routes:
             requests_total().inc(tags={"outcome": "queue_full"})
             raise too_busy(f"{self._in_flight} requests are being answered already")
         self._in_flight += 1
-        outcome = "cancelled"
+        outcome, began = "cancelled", time.monotonic()
         try:
             async for event in _within_deadline(self._backend.generate(generation), generation.deadline_s):
                 if isinstance(event, Finished):
                     outcome = "ok"
+                    event = replace(event, timing={**event.timing, "total_s": time.monotonic() - began})
                 yield event
         except ApiError as error:
             outcome = error.code or "error"

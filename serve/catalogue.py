@@ -227,9 +227,12 @@ class RewardSource:
     def _observation(self, name: str, params: Mapping[str, Any]) -> Reward:
         """A part of an image that the request brought: it is the observation as it is, nothing is added to it."""
         shape = self.card.event_shape
-        size = {"event_shape": shape, "max_pixels": shape[1] * shape[2]}
-        observed, drawn = decode_png(params["observed"], **size), params.get("mask")
-        mask = half_mask(shape, params["half"]) if drawn is None else decode_mask(drawn, **size)
+        pixels, drawn = shape[1] * shape[2], params.get("mask")
+        observed = decode_png(params["observed"], event_shape=shape, max_pixels=pixels)
+        if drawn is None:
+            mask = half_mask(shape, params["half"])
+        else:
+            mask = decode_mask(drawn, event_shape=shape, max_pixels=pixels)
         reward = MaskedObservation(observed=mask * observed, mask=mask, noise=params["noise"], name=name)
         ceiling = params.get("threshold")
         return reward if ceiling is None else Thresholded(reward=reward, threshold=ceiling)

@@ -102,7 +102,7 @@ class Finished:
     """images (n, C, H, W) in data units; reward (n,) of all together, None when unsteered; rewards by title.
 
     dropped: titles of rewards that failed and were left out, as the request allowed. trace: diagnostics (steps, n) by
-    name, empty where the request did not include them.
+    name, empty where the request did not include them. timing: seconds of the sampler that finished the request.
     """
 
     images: np.ndarray
@@ -112,6 +112,7 @@ class Finished:
     calls: dict[str, float]
     dropped: tuple[str, ...] = ()
     trace: dict[str, np.ndarray] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

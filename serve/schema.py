@@ -75,10 +75,11 @@ class GenerationRequest(Body):
     stream: bool | None = False
     partial_images: int | None = Field(default=0, ge=0, le=3)
     user: str | None = None
-    include: list[Literal["trace"]] = Field(
+    include: list[Literal["trace", "timing"]] = Field(
         default_factory=list,
         max_length=MOST_FIELDS,
-        description="what the answer has beside the images: trace, the value estimate of each step",
+        description="what the answer has beside the images: trace, the value estimate of each step; "
+        "timing, where the seconds went",
     )
     steering: SteeringRequest | None = None
 

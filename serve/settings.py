@@ -108,6 +108,7 @@ class AppSettings(Settings):
     limits: Limits = Limits()
     sampler: SamplerSettings = SamplerSettings()
     ingress: Replicas = Replicas(ray_actor_options={"num_cpus": 0.5})
+    access_log: bool = Field(default=False, description="one line of JSON for each request in the endpoint's log")
     heartbeat_s: PositiveFloat = Field(
         default=10.0, description="a stream with nothing to say for so many seconds sends a comment"
     )

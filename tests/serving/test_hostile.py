@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -155,6 +156,7 @@ def target(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest
         "rewards": [{"name": name, "placement": "colocated"} for name in NAMES],
         "sampler": SMALL,
         "ingress": SMALL,
+        "access_log": True,
     }
     serve.run(build_app(AppSettings.model_validate(settings)), name="hostile", route_prefix="/")
     with httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=SLOWEST_S) as client:
@@ -173,6 +175,12 @@ def _serves(process: psutil.Process) -> bool:
         return any(name in " ".join(process.cmdline()) for name in ("ServeReplica", "ProxyActor"))
     except psutil.NoSuchProcess:
         return False
+
+
+def _logs() -> str:
+    import ray
+
+    return ray._private.worker._global_node.get_logs_dir_path()
 
 
 class OtherUser:
@@ -303,5 +311,9 @@ def test_a_hostile_evening(target: Target) -> None:
     deadline = time.monotonic() + 30
     while (after := resident()) > 1.1 * before and time.monotonic() < deadline:
         time.sleep(1)
+    logs = [path for path in Path(_logs()).rglob("*") if path.is_file()]
+    written = {path.name: path.read_text(errors="replace") for path in logs}
+    assert [name for name, text in written.items() if KEY in text] == []
+    assert sum(text.count('"status": 401') for text in written.values()) >= len(KEY)
     print(f"answers {statuses}; resident {before / 2**20:.0f} MiB before, {after / 2**20:.0f} after")
     assert after <= 1.1 * before

@@ -121,6 +121,22 @@ def test_a_trace_comes_where_it_is_asked_for_with_null_for_no_number(client, bac
     assert '"trace": {"value": [null, 2.0]}' in streamed
 
 
+def test_timing_comes_where_it_is_asked_for(client, backend):
+    async def events(generation):
+        seconds = {"first_step_s": 0.1, "steps_s": 0.2, "scoring_s": 0.3}
+        yield Finished(np.zeros((1, 1, 8, 8), np.float32), None, {}, 1.0, {}, timing=seconds)
+
+    backend.events = events
+    answer = client.post(GENERATIONS, json={"include": ["timing"]}).json()
+    assert list(answer["timing"]) == ["first_step_s", "steps_s", "scoring_s", "total_s"]
+    assert answer["timing"]["steps_s"] == 0.2
+    assert answer["timing"]["total_s"] >= 0
+    assert "timing" not in client.post(GENERATIONS, json={}).json()
+    assert (
+        '"timing": {"first_step_s": 0.1' in client.post(GENERATIONS, json={"include": ["timing"], "stream": True}).text
+    )
+
+
 def test_what_can_be_included_is_named(client):
     error = client.post(GENERATIONS, json={"include": ["everything"]}).json()["error"]
     assert error["param"] == "include[0]"
