@@ -63,7 +63,8 @@ class Gate:
                 access.info(_access_line(scope, state, answer, time.monotonic() - began))
 
     def _admit(self, scope: Any, headers: Headers, state: dict[str, Any]) -> None:
-        if scope["path"] in _OPEN_PATHS or is_page(scope["path"]):
+        path = _own_path(scope)
+        if path in _OPEN_PATHS or is_page(path):
             return
         client = (scope.get("client") or (None,))[0]
         state["key"] = self.keys.admit(headers.get("authorization"), client)
@@ -95,6 +96,12 @@ def _access_line(scope: Any, state: dict[str, Any], answer: _Answer, seconds: fl
             "seconds": round(seconds, 4),
         }
     )
+
+
+def _own_path(scope: Any) -> str:
+    """The path below the application's own prefix, where Serve has it at another one than /."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path[len(prefix) :] if path.startswith(f"{prefix}/") else path
 
 
 class _Answer:

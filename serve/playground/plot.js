@@ -3,7 +3,7 @@
 import { el, shown, svg } from "./dom.js";
 
 const HEIGHT = 200;
-const ROOM = { left: 52, right: 26, top: 12, bottom: 30 };
+const ROOM = { left: 52, right: 40, top: 12, bottom: 30 };
 
 // runs: [{ side: "a", title: "A", traces: [[number or null, ...], ...] }]
 export function plot(runs, width) {

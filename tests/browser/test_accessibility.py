@@ -61,7 +61,7 @@ def test_texts_stand_out_from_what_is_behind_them(served, visit, dark):
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) < 200) == dark
     fill(page)
-    page.get_by_label("Seed").fill("-1")
+    page.get_by_label("Seed", exact=True).fill("-1")
     page.get_by_role("button", name="Generate").click()
     page.locator(".error:not(:empty)").first.wait_for()
     found = page.evaluate(CONTRAST)

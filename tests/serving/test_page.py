@@ -58,6 +58,15 @@ def test_the_page_needs_no_key_and_asks_nothing_of_anybody_else(make_client):
     assert client.get("/docs").status_code == 401
 
 
+def test_below_a_prefix_the_same_is_open(make_client):
+    client = make_client(keys=["k"])
+    client.app.root_path = "/models"  # as Serve mounts an application with route_prefix /models
+    assert client.get("/models/").headers["content-type"].startswith("text/html")
+    assert client.get("/models/healthz").status_code == client.get("/models/playground/main.js").status_code == 200
+    assert client.get("/models/v1/models").status_code == 401
+    assert client.get("/models/models/healthz").status_code == 401
+
+
 @pytest.mark.parametrize("name", [path.name for path in sorted(FOLDER.iterdir()) if path.suffix == ".js"])
 def test_scripts_import_only_each_other(name):
     imported = re.findall(r'from "(.+?)"', (FOLDER / name).read_text())
