@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-all bench lint format clean
+.PHONY: help setup demo serve test test-fast test-all test-browser bench audit lint format clean
 ARGS ?=
 
 # ninja and the project's own commands are found first; set-up itself must see the machine's PATH.
@@ -20,7 +20,7 @@ ifeq ($(strip $(DS_ACCELERATOR)),)
 endif
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: ## creates or refreshes .venv (all other targets do so by themselves)
 	@scripts/setup.sh
@@ -39,7 +39,11 @@ test-fast: setup ## the tests without a cluster, under 2 minutes
 	@$(RUN) python -m pytest -m "not ray and not slow and not browser" $(ARGS)
 
 test-all: setup ## everything, the full matrices and drills, at most 75 minutes
-	@$(RUN) python -m pytest $(ARGS)
+	@$(RUN) python -m pytest -m "not browser" $(ARGS)
+
+test-browser: setup ## the pages in headless Chromium
+	@$(RUN) python -m scripts.browser
+	@$(RUN) python -m pytest -m browser tests/browser $(ARGS)
 
 bench: setup ## the benchmarks, each a side-by-side ratio, into benchmarks/results/ (but those that judge a given model)
 	@set -e; for file in $$(grep -L 'required=True' $$(grep -l '__main__' benchmarks/*.py)); do \
@@ -49,6 +53,9 @@ lint: setup ## ruff (format and lint) and the type check
 	@$(RUN) ruff format --check .
 	@$(RUN) ruff check .
 	@$(RUN) mypy
+
+audit: setup ## installed packages against known vulnerabilities (pip-audit; needs pypi.org)
+	@$(RUN) python -m scripts.audit
 
 format: setup ## lets ruff put the code into shape
 	@$(RUN) ruff format .

@@ -8,6 +8,7 @@ files of `mfm_ray/conf`, not here, so a field has no default and a missing key i
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from mfm_ray.errors import InputError
 
 Settings = TypeVar("Settings")
+_LONGEST_NAME = 200
+"""Beyond which nobody meant a name; comparing a megabyte of text would take seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Allowed:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
             and (self.above is None or value > self.above)
@@ -67,7 +70,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
     A dotted name is also found by its last part, so that `stage` finds `zero.stage`.
     """
-    names = list(names)
+    names, word = list(names), word[:_LONGEST_NAME]
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
     last = word.rsplit(".", 1)[-1]
     if word not in names and last in by_last:
@@ -182,7 +185,7 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     if hint is Any:
         return True, value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return True, float(value)
+        return (True, float(value)) if abs(value) <= sys.float_info.max else (False, value)
     if hint in (int, float, str, bool):
         return type(value) is hint, value
     return False, value

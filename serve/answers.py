@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from typing import Any
 
@@ -29,7 +30,14 @@ def generation_answer(generation: Generation, done: Finished) -> dict[str, Any]:
         "data": [_image(generation, done, index) for index in range(len(done.images))],
         "usage": usage(done, len(done.images)),
         "steering": steering_as_done(generation, done),
+        **_timing(generation, done),
     }
+
+
+def _timing(generation: Generation, done: Finished) -> dict[str, Any]:
+    """Where the seconds went, where that was asked for. What total_s has beyond the others is transport."""
+    seconds = {name: round(value, 6) for name, value in done.timing.items()}
+    return {"timing": seconds} if "timing" in generation.include else {}
 
 
 def preview_events(generation: Generation, preview: Preview) -> list[dict[str, Any]]:
@@ -40,6 +48,8 @@ def preview_events(generation: Generation, preview: Preview) -> list[dict[str, A
             "b64_json": encode_png(torch.tensor(image)),
             "partial_image_index": preview.number,
             "image_index": index,
+            "step": preview.step,
+            "num_steps": generation.num_steps,
             **_of_every_event(generation),
         }
         for index, image in enumerate(preview.images)
@@ -56,6 +66,7 @@ def completed_events(generation: Generation, done: Finished) -> list[dict[str, A
             "usage": usage(done, 1),
             "cfg_scale": generation.cfg_scale,
             "steering": steering_as_done(generation, done),
+            **_timing(generation, done),
         }
         for index in range(len(done.images))
     ]
@@ -86,7 +97,7 @@ def steering_as_done(generation: Generation, done: Finished) -> dict[str, Any]:
 
 
 def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]:
-    return {
+    image = {
         "b64_json": encode_png(torch.tensor(done.images[index])),
         "seed": generation.seed,
         "index": index,
@@ -94,6 +105,15 @@ def _image(generation: Generation, done: Finished, index: int) -> dict[str, Any]
         "rewards": {title: float(values[index]) for title, values in done.rewards.items()},
         "nfe": done.nfe,
     }
+    if "trace" in generation.include:
+        image["trace"] = _trace(done, index)
+    return image
+
+
+def _trace(done: Finished, index: int) -> dict[str, list[float | None]]:
+    """One number a step; JSON has no infinity, so that a value that is none is null."""
+    traced = {name: values[:, index].tolist() for name, values in done.trace.items()}
+    return {name: [v if math.isfinite(v) else None for v in values] for name, values in traced.items()}
 
 
 def _of_every_event(generation: Generation) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,19 +20,22 @@ from .answers import KEEP_ALIVE, completed_events, generation_answer, preview_ev
 from .backend import Backend
 from .catalogue import describe
 from .errors import ApiError, deadline_passed, error_event, internal, too_busy, wrong_value
-from .gate import BodyTooLargeError, Gate, log, too_large
+from .gate import BodyError, Gate, log
 from .generation import Event, Finished, Generation, Preview
 from .heartbeat import with_heartbeats
 from .idempotency import HEADER, MAX_LENGTH, Idempotency, seed_of
 from .keys import Keys
+from .methods import describe_methods
 from .metrics import requests_total
-from .models import ModelCard
-from .pictures import decode_png
+from .models import ModelCard, heldout_images
+from .page import PREFIX, page
+from .pictures import decode_png, encode_png
 from .resolve import Resolver, at_most
 from .schema import GenerationRequest, RewardRequest, ScoreRequest
 
 _UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """For proxies on the way: an event is passed on at once, and never answered from a cache."""
+_NO_ROWS = "row: this model's data has no held-out images here"
 _FIELDS = {
     "": GenerationRequest.model_fields,
     "steering.rewards": RewardRequest.model_fields,
@@ -38,11 +43,17 @@ _FIELDS = {
 
 
 def build_api(
-    backend: Backend, resolver: Resolver, keys: Keys, *, heartbeat_s: float = 10.0, names_requests: bool = True
+    backend: Backend,
+    resolver: Resolver,
+    keys: Keys,
+    *,
+    heartbeat_s: float = 10.0,
+    names_requests: bool = True,
+    access_log: bool = False,
 ) -> FastAPI:
     """The ASGI application over a backend.
 
-    heartbeat_s: a stream with nothing to say for so long sends a comment. names_requests: as in `Gate`.
+    heartbeat_s: a stream with nothing to say for so long sends a comment. names_requests, access_log: as in `Gate`.
     """
     app = FastAPI(title="mfm-ray", description="Reward-steered generation with Meta Flow Maps: OpenAI's Images API.")
     routes = Routes(backend, resolver, heartbeat_s)
@@ -53,11 +64,22 @@ def build_api(
     app.get("/v1/rewards")(routes.rewards)
     app.get("/healthz")(routes.healthz)
     app.get("/readyz")(routes.readyz)
+    app.get("/v1/models/{name}/heldout/{row}")(routes.heldout)
+    app.get("/v1/methods")(routes.methods)
     app.get("/", include_in_schema=False)(routes.index)
+    app.get(PREFIX + "{name}", include_in_schema=False)(routes.page)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_middleware(Gate, keys=keys, body_bytes=resolver.limits.body_bytes, names_requests=names_requests)
+    limits = resolver.limits
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        body_bytes=limits.body_bytes,
+        body_s=limits.body_s,
+        names_requests=names_requests,
+        access_log=access_log,
+    )
     return app
 
 
@@ -118,8 +140,31 @@ class Routes:
             raise ApiError(503, "no sampler is ready", code="not_ready", retry=True, retry_after_s=2)
         return {"status": "ready"}
 
+    async def heldout(self, name: str, row: int) -> dict[str, Any]:
+        """A held-out image of the model's bundled data, as `masked_observation` sees it by its `row`."""
+        card = self._resolver.model(name)
+        if not 0 <= row < card.num_heldout:
+            raise wrong_value(
+                "row", f"row={row}: expected 0 to {card.num_heldout - 1}" if card.num_heldout else _NO_ROWS
+            )
+        image = await asyncio.to_thread(lambda: encode_png(heldout_images(card.data_name)[row]))
+        return {"object": "image", "model": card.id, "row": row, "b64_json": image}
+
+    async def methods(self) -> dict[str, Any]:
+        """Methods that steer, with their arguments and defaults; limits: the most that one request may have."""
+        limits = self._resolver.limits
+        return {"object": "list", "data": describe_methods(limits), "limits": limits.model_dump()}
+
     async def index(self) -> Response:
-        return Response("mfm-ray serves here; its routes and their fields are at /docs\n", media_type="text/plain")
+        """The playground."""
+        return await self.page("index.html")
+
+    async def page(self, name: str) -> Response:
+        """A file of the playground."""
+        found = page(name)
+        if found is None:
+            raise HTTPException(404, "no such file")
+        return found
 
     def _described(self, card: ModelCard) -> dict[str, Any]:
         """The entry of GET /v1/models. presets: what each quality means here, empty for the built-in ones."""
@@ -138,11 +183,12 @@ class Routes:
             requests_total().inc(tags={"outcome": "queue_full"})
             raise too_busy(f"{self._in_flight} requests are being answered already")
         self._in_flight += 1
-        outcome = "cancelled"
+        outcome, began = "cancelled", time.monotonic()
         try:
             async for event in _within_deadline(self._backend.generate(generation), generation.deadline_s):
                 if isinstance(event, Finished):
                     outcome = "ok"
+                    event = replace(event, timing={**event.timing, "total_s": time.monotonic() - began})
                 yield event
         except ApiError as error:
             outcome = error.code or "error"
@@ -226,8 +272,8 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework itself refuses: no such route, no such method, a body that grew too large."""
     assert isinstance(error, HTTPException)
-    if isinstance(error, BodyTooLargeError):
-        return await _answer_error(request, too_large(error.limit))
+    if isinstance(error, BodyError):
+        return await _answer_error(request, error.error)
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return await _answer_error(request, ApiError(error.status_code, message, code=code, retry=False))
@@ -235,7 +281,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
 
 def _from_validation(first: Mapping[str, Any]) -> ApiError:
     """One line from the first thing that the schema found wrong."""
-    place = [part for part in first["loc"] if part != "body"]
+    place = list(first["loc"][1:])  # the first says where in the request: body, path
     if first["type"] == "json_invalid":
         return wrong_value("body", f"body: no JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
     param = _dotted(place) or "body"
@@ -243,7 +289,7 @@ def _from_validation(first: Mapping[str, Any]) -> ApiError:
         return wrong_value(param, f"{param}: unknown field{_hint(place)}")
     if first["type"] == "missing":
         return wrong_value(param, f"{param}: missing")
-    shown = repr(first.get("input"))
+    shown = "{...}" if first["type"] == "too_many_fields" else repr(first.get("input"))
     message = str(first["msg"]).replace("Input should be", "expected")
     return wrong_value(param, f"{param}={shown[:60]}: {message[:1].lower()}{message[1:]}")
 

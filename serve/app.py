@@ -47,10 +47,17 @@ class Endpoint:
             log.warning(OPEN)
         scorers = {r.name: (True, handles[r.name]) if r.name in handles else (False, sampler) for r in rewards}
         self._backend = ServeBackend(sampler, scorers, resume_attempts=settings.resume_attempts)
-        self._resolver, self._heartbeat_s = resolver, settings.heartbeat_s
+        self._resolver, self._settings = resolver, settings
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_api(self._backend, self._resolver, self._keys, heartbeat_s=self._heartbeat_s, names_requests=False)
+        return build_api(
+            self._backend,
+            self._resolver,
+            self._keys,
+            heartbeat_s=self._settings.heartbeat_s,
+            names_requests=False,
+            access_log=self._settings.access_log,
+        )
 
 
 def build_app(args: AppSettings) -> serve.Application:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+import typing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +26,19 @@ from mfm_ray.settings import Allowed, expected, from_dict, leaves
 from mfm_ray.steering import Reward
 
 from .models import ModelCard, heldout_images
-from .pictures import decode_png
+from .pictures import decode_mask, decode_png
 
 Parameters = dict[str, tuple[Any, Allowed]]
 """Type and bounds of each parameter of a reward."""
 
+_JSON_TYPES = {
+    float: "number",
+    int: "integer",
+    str: "string",
+    bool: "boolean",
+    list: "array",
+    types.NoneType: "null",
+}
 _CEILING = Allowed(doc="no gain above this value, in the reward's own units; null: no such ceiling")
 
 
@@ -61,6 +71,7 @@ def _masked_observation(card: ModelCard) -> Parameters:
         "noise": (float, Allowed(doc="deviation of a pixel's noise, in data units", above=0)),
         "row": (int, Allowed(doc="which held-out image is seen", minimum=0, maximum=card.num_heldout - 1)),
         "observed": (str | None, Allowed(doc="the image that is seen, a PNG in base64; null: held-out image `row`")),
+        "mask": (str | None, Allowed(doc="pixels of `observed` that are seen, white in a PNG in base64; null: `half`")),
     }
 
 
@@ -77,7 +88,7 @@ KINDS: dict[str, RewardKind] = {
     "symmetry": RewardKind("log-likelihood of mirrored pixels being equal up to noise", _symmetry),
     "brightness": RewardKind("log-likelihood of the mean pixel being near a target", _brightness),
     "masked_observation": RewardKind(
-        "log-likelihood of seeing one half of an image through noise (inpainting)",
+        "log-likelihood of seeing a part of an image through noise (inpainting)",
         _masked_observation,
         needs=lambda card: card.num_heldout > 0,
     ),
@@ -136,11 +147,14 @@ def resolve_params(
     InputError that begins with `place.key` for the first one that is wrong.
     """
     resolved = dataclasses.asdict(from_dict(schema(name, card), {**defaults(name, card), **given}, prefix=f"{place}."))
-    if resolved.get("observed") is not None:
-        try:
-            decode_png(resolved["observed"], event_shape=card.event_shape, max_pixels=max_pixels)
-        except ValueError as error:
-            raise InputError(f"{place}.observed: {error}") from error
+    for picture, decode in (("observed", decode_png), ("mask", decode_mask)):
+        if resolved.get(picture) is not None:
+            try:
+                decode(resolved[picture], event_shape=card.event_shape, max_pixels=max_pixels)
+            except ValueError as error:
+                raise InputError(f"{place}.{picture}: {error}") from error
+    if resolved.get("mask") is not None and resolved["observed"] is None:
+        raise InputError(f"{place}.mask: says which pixels of {place}.observed are seen; expected both or neither")
     if "weights" in resolved and not any(resolved["weights"]):
         raise InputError(f"{place}.weights={resolved['weights']}: expected at least one above 0")
     return resolved
@@ -171,7 +185,13 @@ def _described(hint: Any, allowed: Allowed) -> dict[str, Any]:
         "length": allowed.length,
     }
     stated = {key: value for key, value in bounds.items() if value is not None}
-    return {"description": allowed.doc, "expected": expected(hint, allowed), **stated}
+    return {"description": allowed.doc, "type": _json_type(hint), "expected": expected(hint, allowed), **stated}
+
+
+def _json_type(hint: Any) -> list[str]:
+    """The kinds of value in JSON Schema's words: `["number", "null"]`."""
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [_JSON_TYPES[typing.get_origin(member) or member] for member in members]
 
 
 def titles(names: Sequence[str]) -> list[str]:
@@ -195,7 +215,7 @@ class RewardSource:
         """The reward of resolved parameters. InputError that names `reward.key` where they do not fit together."""
         if params.get("observed") is not None:
             return self._observation(name, params)
-        given = {key: value for key, value in params.items() if key != "observed"}
+        given = {key: value for key, value in params.items() if key not in ("observed", "mask")}
         built = build_reward(
             {"name": name, **given},
             load_classifier=self._load_classifier,
@@ -205,10 +225,14 @@ class RewardSource:
         return built
 
     def _observation(self, name: str, params: Mapping[str, Any]) -> Reward:
-        """A half of an image that the request brought: it is the observation as it is, nothing is added to it."""
+        """A part of an image that the request brought: it is the observation as it is, nothing is added to it."""
         shape = self.card.event_shape
-        observed = decode_png(params["observed"], event_shape=shape, max_pixels=shape[1] * shape[2])
-        mask = half_mask(shape, params["half"])
+        pixels, drawn = shape[1] * shape[2], params.get("mask")
+        observed = decode_png(params["observed"], event_shape=shape, max_pixels=pixels)
+        if drawn is None:
+            mask = half_mask(shape, params["half"])
+        else:
+            mask = decode_mask(drawn, event_shape=shape, max_pixels=pixels)
         reward = MaskedObservation(observed=mask * observed, mask=mask, noise=params["noise"], name=name)
         ceiling = params.get("threshold")
         return reward if ceiling is None else Thresholded(reward=reward, threshold=ceiling)

@@ -27,7 +27,8 @@ class ApiError(Exception):
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, _clipped(message, _MESSAGE_CHARS), code
+        self.param = None if param is None else _clipped(param, _PARAM_CHARS)
         self.retry, self.retry_after_s = retry, retry_after_s
 
     def body(self) -> dict[str, Any]:
@@ -43,6 +44,16 @@ class ApiError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+
+_MESSAGE_CHARS, _PARAM_CHARS = 1000, 200
+"""What a request said wrongly is said back to it only so far."""
+
+
+def _clipped(text: str, chars: int) -> str:
+    """The text, of characters that UTF-8 has (half a pair of surrogates is none), not longer than that."""
+    shown = text if len(text) <= chars else f"{text[: chars - 1]}…"
+    return shown.encode(errors="replace").decode()
 
 
 RETRY_AFTER_S = 1

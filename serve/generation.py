@@ -28,7 +28,8 @@ class Generation:
     """A request with nothing left open: equal generations give equal images.
 
     method, arguments: as `mfm_ray.building.build_steering` takes them. combine: a name in `COMBINED`. key: who asks,
-    for fairness. previews: how many times posterior draws are shown on the way. source: checkpoint of the model.
+    for fairness. previews: how many times posterior draws are shown on the way. include: what is answered beside the
+    images, such as "trace". source: checkpoint of the model.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Generation:
     combine: str = "sum"
     key: str = ""
     previews: int = 0
+    include: tuple[str, ...] = ()
     source: str = ""
     quality: str = "auto"
     size: str = "auto"
@@ -87,17 +89,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """Posterior draws of the current states, (n, C, H, W) in data units; number: which preview, from 0."""
+    """Posterior draws of the current states, (n, C, H, W) in data units; number: which preview, from 0; step: steps
+    that lie behind it."""
 
     number: int
     images: np.ndarray
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class Finished:
     """images (n, C, H, W) in data units; reward (n,) of all together, None when unsteered; rewards by title.
 
-    dropped: titles of rewards that failed and were left out, as the request allowed.
+    dropped: titles of rewards that failed and were left out, as the request allowed. trace: diagnostics (steps, n) by
+    name, empty where the request did not include them. timing: seconds of the sampler that finished the request.
     """
 
     images: np.ndarray
@@ -106,6 +111,8 @@ class Finished:
     nfe: float
     calls: dict[str, float]
     dropped: tuple[str, ...] = ()
+    trace: dict[str, np.ndarray] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

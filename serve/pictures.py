@@ -48,3 +48,13 @@ def decode_png(text: str, *, event_shape: tuple[int, ...], max_pixels: int) -> T
     return (
         torch.from_numpy(array.reshape(height, width, channels).astype(np.float32) / 255).permute(2, 0, 1).contiguous()
     )
+
+
+def decode_mask(text: str, *, event_shape: tuple[int, ...], max_pixels: int) -> Tensor:
+    """The mask (C, H, W) that is 1 where a picture, of the image's size, is white. ValueError as `decode_png` has it,
+    and for a picture without a white pixel."""
+    picture = decode_png(text, event_shape=(1, *event_shape[1:]), max_pixels=max_pixels)
+    mask = (picture > 0.5).float()
+    if not bool(mask.any()):
+        raise ValueError("no pixel is white; expected the pixels that are seen in white, at least one")
+    return mask.expand(event_shape).contiguous()

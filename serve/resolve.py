@@ -126,6 +126,7 @@ class Resolver:
             combine=steering.combine,
             key=key,
             previews=(request.partial_images or 0) if request.stream else 0,
+            include=tuple(dict.fromkeys(request.include)),
             quality=quality,
             size=card.size,
         )
@@ -221,7 +222,7 @@ def _stand_in(samples: Tensor) -> Tensor:
 
 
 @functools.cache
-def _configured(method: str) -> dict[str, Any]:
+def configured(method: str) -> dict[str, Any]:
     """The method's own file of `mfm_ray/conf/steering`, where defaults stand."""
     configured = yaml.safe_load((resources.files("mfm_ray.conf") / "steering" / f"{method}.yaml").read_text())
     return {key: value for key, value in configured.items() if key not in ("name", *NOT_ASKED)}
@@ -241,7 +242,7 @@ def _refuse_unknown(steering: SteeringRequest) -> None:
 
 
 def _defaults(method: str, quality: Quality) -> dict[str, Any]:
-    defaults = dict(_configured(method))
+    defaults = dict(configured(method))
     if isinstance(defaults.get("num_draws"), int):
         defaults["num_draws"] *= quality.draws_factor
     return defaults

@@ -274,7 +274,8 @@ class _Run:
         self.rewards = rewards.of(generation)
         self._loop, self._changed, self._step = loop, asyncio.Event(), 0
         self._previews = _preview_steps(generation)
-        self._every_s, self._next_snapshot = every_s, time.monotonic() + every_s
+        self._began, self._first_step, self._steps_done = time.monotonic(), 0.0, 0.0
+        self._every_s, self._next_snapshot = every_s, self._began + every_s
         job = Job(
             steering=_steering(generation, rewards),
             num_images=generation.num_images,
@@ -298,7 +299,8 @@ class _Run:
             while self._previews and step >= self._previews[0]:
                 self._previews.pop(0)
                 images = await asyncio.to_thread(self.ticket.preview)
-                yield Preview(self.generation.previews - len(self._previews) - 1, images.cpu().numpy())
+                number = self.generation.previews - len(self._previews) - 1
+                yield Preview(number, images.cpu().numpy(), min(step, self.generation.num_steps))
             if time.monotonic() >= self._next_snapshot:
                 yield Progress(step, await asyncio.to_thread(lambda: self.ticket.snapshot().to_bytes()))
                 self._next_snapshot = time.monotonic() + self._every_s
@@ -312,7 +314,16 @@ class _Run:
             parts = self._parts(samples.images, total)
         except Exception as error:
             return _failure(error, list(self.rewards))
-        return Finished(samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls)
+        timing = {
+            "first_step_s": self._first_step - self._began,
+            "steps_s": self._steps_done - self._first_step,
+            "scoring_s": time.monotonic() - self._steps_done,
+        }
+        trace = samples.trace if "trace" in self.generation.include else {}
+        traced = {name: values.cpu().numpy() for name, values in trace.items()}
+        return Finished(
+            samples.images.cpu().numpy(), total, parts, samples.nfe, samples.calls, trace=traced, timing=timing
+        )
 
     def _parts(self, images: torch.Tensor, total: np.ndarray | None) -> dict[str, np.ndarray]:
         """Each reward's own value; a single one of weight 1 is known already."""
@@ -322,7 +333,8 @@ class _Run:
 
     def _on_step(self, done: int, of: int) -> None:
         """Called in the engine's thread; most steps are of interest to nobody."""
-        self._step = done
+        self._step, self._steps_done = done, time.monotonic()
+        self._first_step = self._first_step or self._steps_done
         preview_due = bool(self._previews) and done >= self._previews[0]
         if preview_due or time.monotonic() >= self._next_snapshot:
             self._wake()

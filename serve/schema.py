@@ -5,15 +5,26 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_SEED = 2**31 - 1
+MOST_FIELDS, MOST_REWARDS, MOST_IMAGES = 100, 1000, 10_000
+"""Beyond which nothing is looked at; what an operator allows is less (`settings.Limits`)."""
 
 
 class Body(BaseModel):
     """Strict: a text is no number, true is no number, NaN is none either, and nothing unknown is ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: Any) -> Any:
+        """Each unknown field would be reported: a million of them would hold up everybody else."""
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"{len(given)} fields; expected at most {MOST_FIELDS}")
+        return given
 
 
 class RewardRequest(Body):
@@ -30,7 +41,7 @@ class SteeringRequest(Body):
     method: Literal["gradient", "gradient_free", "dps", "resampling", "search", "smc", "best_of_n", "none"] | None = (
         None
     )
-    rewards: list[RewardRequest] = Field(default_factory=list)
+    rewards: list[RewardRequest] = Field(default_factory=list, max_length=MOST_REWARDS)
     combine: Literal["sum", "minimum"] = Field(
         default="sum", description="of several rewards: their weighted sum, or the smallest of the weighted ones"
     )
@@ -64,11 +75,17 @@ class GenerationRequest(Body):
     stream: bool | None = False
     partial_images: int | None = Field(default=0, ge=0, le=3)
     user: str | None = None
+    include: list[Literal["trace", "timing"]] = Field(
+        default_factory=list,
+        max_length=MOST_FIELDS,
+        description="what the answer has beside the images: trace, the value estimate of each step; "
+        "timing, where the seconds went",
+    )
     steering: SteeringRequest | None = None
 
 
 class ScoreRequest(Body):
-    images: list[str] = Field(min_length=1, description="PNG in base64")
+    images: list[str] = Field(min_length=1, max_length=MOST_IMAGES, description="PNG in base64")
     prompt: str = ""
     model: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)

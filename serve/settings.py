@@ -18,6 +18,7 @@ class Limits(Settings):
     """The largest of everything that a request can make large."""
 
     body_bytes: PositiveInt = Field(default=8 * 2**20, description="body of any request")
+    body_s: PositiveFloat = Field(default=30.0, description="seconds until all of a body has come")
     prompt_chars: PositiveInt = Field(default=4096, description="prompt")
     images: PositiveInt = Field(default=16, description="n")
     particles: PositiveInt = Field(default=1024, description="steering.num_particles")
@@ -111,6 +112,7 @@ class AppSettings(Settings):
     limits: Limits = Limits()
     sampler: SamplerSettings = SamplerSettings()
     ingress: Replicas = Replicas(ray_actor_options={"num_cpus": 0.5})
+    access_log: bool = Field(default=False, description="one line of JSON for each request in the endpoint's log")
     heartbeat_s: PositiveFloat = Field(
         default=10.0, description="a stream with nothing to say for so many seconds sends a comment"
     )

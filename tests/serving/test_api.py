@@ -312,3 +312,30 @@ def test_not_ready_is_503(client, backend):
     backend.is_ready = False
     assert client.get("/readyz").status_code == 503
     assert client.get("/healthz").status_code == 200
+
+
+def test_the_access_log_has_no_secrets(backend, resolver, caplog):
+    from starlette.testclient import TestClient
+
+    from serve.api import build_api
+    from serve.keys import Keys
+
+    client = TestClient(build_api(backend, resolver, Keys.of(["secret-key"]), access_log=True))
+    headers = {"Authorization": "Bearer secret-key", "x-request-id": "mine", "cookie": "secret-cookie"}
+    with caplog.at_level("INFO", logger="ray.serve.mfm_access"):
+        made = client.post(GENERATIONS, json={"prompt": "3", "user": "secret-user"}, headers=headers)
+        client.get("/v1/models?key=secret-query", headers={"Authorization": "Bearer secret-guess"})
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "ray.serve.mfm_access"]
+    assert [(line["request_id"] == "mine", line["path"], line["status"]) for line in lines] == [
+        (True, GENERATIONS, 200),
+        (False, "/v1/models", 401),
+    ]
+    assert lines[0]["bytes_sent"] == len(made.content)
+    assert len(lines[0]["caller"]) == 8 and lines[1]["caller"] == ""
+    assert "secret" not in caplog.text
+
+
+def test_without_being_asked_for_there_is_no_access_log(client, caplog):
+    with caplog.at_level("INFO", logger="ray.serve.mfm_access"):
+        client.get("/v1/models")
+    assert not [record for record in caplog.records if record.name == "ray.serve.mfm_access"]
