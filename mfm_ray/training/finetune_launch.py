@@ -33,13 +33,12 @@ from mfm_ray.training.launch import (
     bundled_data,
     check_training,
     is_bundled,
-    num_workers,
+    splits,
     train_to_the_end,
     uses_gpu,
 )
 from mfm_ray.training.session import Plan
 from mfm_ray.training.tuned_model import BEST, best_step, weights_sha256
-from mfm_ray.training.zero import split_batch
 
 
 def check_finetuning(config: FinetuneConfig) -> None:
@@ -58,16 +57,15 @@ def check_finetuning(config: FinetuneConfig) -> None:
 
 def check_groups(config: FinetuneConfig, method: TuningMethod) -> None:
     """InputError unless every micro-batch holds whole groups of the method, so that no split changes its targets."""
-    split = split_batch(
-        config.global_batch_size, num_workers=num_workers(config), micro_batch_size=config.micro_batch_size
-    )
-    if split.micro_batch_size % method.group_rows:
-        keys = " x ".join(f"method.{key}={getattr(method, key)}" for key in method.group_keys)
-        raise InputError(
-            f"micro_batch_size={split.micro_batch_size}: the targets of {method.group_rows} rows are made together "
-            f"({keys}); expected a multiple of {method.group_rows} (global_batch_size={config.global_batch_size} / "
-            f"scaling.num_workers={split.num_workers} where micro_batch_size is null)"
-        )
+    for split in splits(config):
+        sizes = {size for rank in range(split.num_workers) for size in split.sizes(rank)}
+        if wrong := sorted(size for size in sizes if size % method.group_rows):
+            keys = " x ".join(f"method.{key}={getattr(method, key)}" for key in method.group_keys)
+            raise InputError(
+                f"micro_batch_size={wrong[-1]}: the targets of {method.group_rows} rows are made together ({keys}); "
+                f"expected a multiple of {method.group_rows} (global_batch_size={config.global_batch_size} / "
+                f"scaling.num_workers={split.num_workers} where micro_batch_size is null)"
+            )
 
 
 def check_model(place: str, model: Mapping[str, Any]) -> None:

@@ -100,14 +100,7 @@ def is_bundled(name: str) -> bool:
 
 def check_training(config: TrainingConfig) -> None:
     """What every training has in common: batch, sharding, averages, trackers. ValueError, one line."""
-    workers = worker_range(config)
-    for number in workers:
-        zero.split_batch(
-            config.global_batch_size,
-            num_workers=number,
-            micro_batch_size=config.micro_batch_size,
-            even=isinstance(config.scaling.num_workers, int),
-        )
+    splits(config)
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     ema_decays(config.ema_decay)
     check_trackers(config.trackers)
@@ -134,6 +127,19 @@ def worker_range(config: TrainingConfig) -> range:
     if len(asked) != 2 or asked[0] > asked[1]:
         raise InputError(f"scaling.num_workers={asked}: expected one number, or [least, most] for elastic training")
     return range(asked[0], asked[1] + 1)
+
+
+def splits(config: TrainingConfig) -> list[zero.BatchSplit]:
+    """How the global batch is shared out among each number of workers that a run may have. ValueError, one line."""
+    return [
+        zero.split_batch(
+            config.global_batch_size,
+            num_workers=number,
+            micro_batch_size=config.micro_batch_size,
+            even=isinstance(config.scaling.num_workers, int),
+        )
+        for number in worker_range(config)
+    ]
 
 
 def run_training(
