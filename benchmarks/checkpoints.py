@@ -60,16 +60,16 @@ VARIANTS: dict[str, Callable[[Recorder, int], None]] = {
 
 def block(
     training: Training, recorder: Recorder, first: int, steps: int, save: Callable[[Recorder, int], None]
-) -> float:
-    """Seconds of `steps` steps and what `save` does before them, all workers together."""
+) -> tuple[float, float]:
+    """Seconds of `steps` steps and what `save` does before them, all workers together; CPU seconds of this one."""
     torch.distributed.barrier()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     save(recorder, first)
     for step in range(first, first + steps):
         training_step(training, step)
         recorder.check()
     torch.distributed.barrier()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def worker(rank: int, folder: str, rounds: int, every: int) -> None:
@@ -81,7 +81,7 @@ def worker(rank: int, folder: str, rounds: int, every: int) -> None:
     config = to_dict(load_config("train", WORDS))
     run = Storage(Path(folder) / "run")
     training = set_up(Plan(config=config, data=Storage(Path(folder) / "data"), run=run, model={}, cuda=False))
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     done = 0
     with Recorder(training, 0) as recorder:
         for save in VARIANTS.values():  # not measured: first steps, first memory
@@ -95,7 +95,7 @@ def worker(rank: int, folder: str, rounds: int, every: int) -> None:
                 done += every
                 recorder.record(done, last=False)
             if rank == 0:
-                print(", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()), flush=True)
+                print(", ".join(f"{name} {values[-1][0]:.2f} s" for name, values in seconds.items()), flush=True)
         recorder.finish()
     training.feed.close()
     if rank == 0:
@@ -117,13 +117,13 @@ def measure(rounds: int, every: int) -> str:
         f"Digits, residual MLP 512 wide, 512 rows, ZeRO 2, {WORKERS} workers of one thread, {size / 1e6:.0f} MB a "
         f"checkpoint, one every {every} steps, {rounds} rounds.",
         "",
-        "| what | seconds a step | time, ratio to none |",
-        "|---|---|---|",
+        "| what | seconds a step | time, ratio to none | CPU seconds of a worker, ratio to none |",
+        "|---|---|---|---|",
     ]
     for name, values in seconds.items():
-        ratio = [value / other for value, other in zip(values, plain, strict=True)]
-        spread = "" if name == "no checkpoint" else three_digits(Spread.of(ratio))
-        lines.append(f"| {name} | {statistics.median(values) / every:.3f} | {spread} |")
+        by_clock = [[mine[clock] / other[clock] for mine, other in zip(values, plain, strict=True)] for clock in (0, 1)]
+        cells = ["", ""] if name == "no checkpoint" else [three_digits(Spread.of(ratios)) for ratios in by_clock]
+        lines.append(f"| {name} | {statistics.median(wall for wall, _ in values) / every:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
