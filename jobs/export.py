@@ -43,7 +43,7 @@ def checkpoint_of(config: ExportConfig) -> Storage:
     Raises:
         InputError: nothing is named, or nothing is there.
     """
-    from mfm_ray.training.launch import CHECKPOINTS, newest_checkpoint
+    from mfm_ray.training.checkpoint_store import CHECKPOINTS, newest_checkpoint
 
     if config.checkpoint is None:
         raise InputError("checkpoint=null: expected a checkpoint folder, or the folder of a training run")

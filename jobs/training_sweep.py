@@ -73,7 +73,7 @@ def _typed_trials(config: TrainingSweepConfig) -> list[Any]:
 
 
 def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], prepared: Prepared) -> dict[int, Any]:
-    from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_resources
+    from mfm_ray.training.launch import uses_gpu, wait_for_resources, worker_range, worker_resources
     from mfm_ray.tuning.training_sweep import run_training_sweep
     from mfm_ray.tuning.training_trial import TrainingSpec
 
@@ -90,7 +90,7 @@ def _run_missing(run: JobRun, plan: Any, known: Mapping[int, Any], prepared: Pre
     with ray_cluster(run.log):
         if config.scaling.use_gpu and num_gpus() == 0:
             raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
-        each, workers = worker_resources(config, uses_gpu(config)), int(config.scaling.num_workers)  # type: ignore[arg-type]
+        each, workers = worker_resources(config, uses_gpu(config)), worker_range(config)[-1]
         wait_for_resources(workers, each, config.scaling.start_timeout_s, run.log)
         room = room_for(each, own_cpus=len(os.sched_getaffinity(0)))
         concurrent = config.concurrent_trials or max(1, room // workers)
@@ -164,8 +164,8 @@ def _check_objectives(config: TrainingSweepConfig) -> None:
 
 def _write_model(run: JobRun, index: int, judge: Any) -> str:
     """The model directory of a trial that is kept, now with the judge beside it."""
+    from mfm_ray.training.checkpoint_store import newest_checkpoint
     from mfm_ray.training.final_model import export_checkpoint, newest_picture
-    from mfm_ray.training.launch import newest_checkpoint
     from mfm_ray.tuning.training_trial import training_folder
 
     folder = training_folder(run.storage, index)

@@ -72,7 +72,8 @@ class ZeroConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    num_workers: int | list[int] = setting("training workers", minimum=1)
+    num_workers: int | list[int] = setting("training workers; [least, most]: as many as there is room for", minimum=1)
+    resize_interval_s: float = setting("seconds between looks for room for more of them", above=0)
     use_gpu: bool | None = setting("one GPU for each worker; null: when there are enough of them")
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker", minimum=0)
     start_timeout_s: float = setting("seconds to wait for the workers' resources", above=0)
@@ -113,6 +114,9 @@ class TrainingConfig(JobConfig):
     faults: FaultsConfig = setting("what is waited for, and for how long")
     checkpoint_every: int = setting("steps between checkpoints", minimum=1)
     checkpoints_to_keep: int = setting("checkpoints kept, the newest", minimum=1)
+    best_checkpoints_to_keep: int = setting("checkpoints kept beside them, the best by checkpoint_score", minimum=0)
+    checkpoint_score: str = setting("figure of metrics.jsonl that says which checkpoints are the best")
+    checkpoint_score_order: str = setting("whether the best is the smallest or the largest", choices=("min", "max"))
     log_every: int = setting("steps between lines of metrics.jsonl", minimum=1)
     sample_every: int = setting("steps between sample grids; 0: none", minimum=0)
     trackers: list[str] = setting("where metrics go as well: mlflow, wandb", choices=("mlflow", "wandb"))

@@ -132,6 +132,20 @@ class Storage:
                 self._discard(staging)
                 raise
 
+    @contextmanager
+    def open_new(self, rel: str) -> Iterator[Any]:
+        """A stream into a new file, of which half may stay when the block raises: for folders with a marker file."""
+        target = self._path(rel)
+        with self._named("write", rel):
+            self.filesystem.create_dir(_parent(target), recursive=True)
+            with self.filesystem.open_output_stream(target, compression=None) as stream:
+                yield stream
+
+    def open_for_parts(self, rel: str) -> Any:
+        """A file of which any part can be read (pyarrow.NativeFile); the caller closes it."""
+        with self._named("read", rel):
+            return self.filesystem.open_input_file(self._path(rel))
+
     def write_json(self, rel: str, value: Any) -> None:
         """Standard JSON: ValueError for NaN and infinities, which have no place in it."""
         self.write_bytes(rel, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -222,21 +222,18 @@ def rank_killed_while_writing(drill: Drill) -> Outcome:
     """SIGKILL to a worker while its files of the second checkpoint are being written."""
     with drill.run("rank-killed-writing") as run:
         run.reach(FAULT_STEP)
-        worker, scratch = run.worker(1), drill.storage / "tmp"
-        before = set(scratch.glob("mfm-ray-checkpoint-*"))
-        run.wait(
-            lambda: any(_holds_files(new) for new in set(scratch.glob("mfm-ray-checkpoint-*")) - before), "writing"
-        )
+        worker, folders = run.worker(1), run.folder / "checkpoints"
+        run.wait(lambda: any(_is_begun(folder) for folder in folders.glob(f"*{2 * CHECKPOINT_EVERY}")), "writing")
         at, step = time.time(), run.step
         os.kill(worker, signal.SIGKILL)
         run.finish()
         return drill.outcome("a rank, kill -9 while it writes a checkpoint", run, at=at, step=step)
 
 
-def _holds_files(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return any(path.is_file() for path in folder.rglob("*"))
-    return False
+def _is_begun(folder: Path) -> bool:
+    """Whether anything is in a checkpoint's folder, but not yet the manifest of the second worker."""
+    names = {path.name for path in folder.iterdir()}
+    return bool(names) and "manifest-rank-1.json" not in names
 
 
 def driver_killed(drill: Drill) -> Outcome:

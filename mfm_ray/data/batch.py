@@ -1,7 +1,8 @@
 """What an objective receives: one worker's part of a global batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,10 +35,10 @@ class Batch:
         label = None if self.label is None else _copy(self.label, torch.device(device))
         return Batch(_copy(self.data, torch.device(device)), label, _copy(self.rows, torch.device(device)))
 
-    def split(self, size: int) -> Iterator["Batch"]:
-        """Micro-batches of at most `size` rows, in order."""
-        for first in range(0, len(self), size):
-            part = slice(first, first + size)
+    def split(self, sizes: Sequence[int]) -> Iterator["Batch"]:
+        """Micro-batches of so many rows, in order."""
+        for last, size in zip(accumulate(sizes), sizes, strict=True):
+            part = slice(last - size, last)
             label = None if self.label is None else self.label[part]
             yield Batch(self.data[part], label, self.rows[part])
 

@@ -13,8 +13,8 @@ class SampleOrder:
     """Endless concatenation of one permutation of all rows per epoch; global batch i is its i-th consecutive slice.
 
     Within an epoch no row is dropped or repeated, and a batch may reach over an epoch's end. A worker's part is the
-    rank-th of world_size equal contiguous pieces of the global batch, so the union over workers does not depend on
-    their number. Nothing is remembered from step to step: to resume, ask for the next step.
+    rank-th of world_size contiguous pieces of the global batch, which differ by at most one row, so the union over
+    workers does not depend on their number. Nothing is remembered from step to step: to resume, ask for the next step.
 
     The permutation of epoch e sorts the raw 64-bit words of Philox with key (seed, e), a stream that numpy guarantees
     on every platform and in every version.
@@ -30,7 +30,7 @@ class SampleOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Data-set rows of a worker's part of global batch `step` (from 0): (global_batch_size / world_size,) int64."""
+        """Data-set rows of a worker's part of global batch `step` (from 0): (rows of that part,) int64."""
         part = self.positions(rank, world_size)
         first = step * self.global_batch_size + part.start
         pieces, end = [], first + len(part)
@@ -43,14 +43,10 @@ class SampleOrder:
 
     def positions(self, rank: int = 0, world_size: int = 1) -> range:
         """A worker's rows within the global batch: what keys their noise, whatever the number of workers."""
-        if self.global_batch_size % world_size:
-            raise InputError(
-                f"global_batch_size={self.global_batch_size} does not divide by {world_size} workers evenly"
-            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: expected 0 to {world_size - 1}")
-        size = self.global_batch_size // world_size
-        return range(rank * size, (rank + 1) * size)
+        size = self.global_batch_size
+        return range(size * rank // world_size, size * (rank + 1) // world_size)
 
     def epoch(self, step: int) -> int:
         """The epoch in which global batch `step` begins."""

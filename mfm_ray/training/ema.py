@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfm_ray.training.zero import ZeroEngine
@@ -68,24 +65,9 @@ class ShardedEMA:
             for weight, average in zip(self._weights, averages, strict=True):
                 _exchange(weight, average)
 
-    def save(self, path: Path) -> None:
-        """Write this rank's averages as a safetensors file."""
-        shards = {
-            _key(decay, i): average for decay, averages in self._averages.items() for i, average in enumerate(averages)
-        }
-        save_file(shards, path, metadata={"num_updates": str(self.num_updates)})
-
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote for the same sharding and decays."""
-        with safe_open(path, framework="pt") as file:
-            for decay, averages in self._averages.items():
-                for i, average in enumerate(averages):
-                    average.copy_(file.get_tensor(_key(decay, i)))
-            self.num_updates = int(file.metadata()["num_updates"])
-
-
-def _key(decay: float, shard: int) -> str:
-    return f"decay_{decay!r}.shard_{shard:04d}"
+    def shards(self, decay: float) -> list[Tensor]:
+        """The averages of a decay, laid out as the engine's `fp32_shards`; what is written into them counts."""
+        return self._averages[decay]
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:

@@ -86,7 +86,7 @@ class TrainingData:
             label=None if self.labels is None else self.labels[index],
             rows=rows,
         )
-        for micro in mine.to(self.device).split(self.split.micro_batch_size):
+        for micro in mine.to(self.device).split(self.split.sizes(self.rank)):
             yield micro, KeyedNoise.for_rows(self.seed, micro.rows).fold_in(step)
 
 
@@ -107,6 +107,10 @@ class BatchFeed:
         if staged.copied is not None:
             staged.hand_over(torch.cuda.current_stream(self._data.device))
         return staged.batches
+
+    def again(self, step: int) -> list[MicroBatch]:
+        """Any step's micro-batches, made once more."""
+        return list(self._data.micro_batches(step))
 
     def state(self) -> dict[str, Tensor]:
         """Nothing: the batches of a step follow from its number."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -145,7 +145,7 @@ class FinetuningWork(Work):
             rows,
             self._tilt,
             chains=anchors.chains,
-            rows=slice(rank * split.per_worker, (rank + 1) * split.per_worker),
+            rows=split.rows_of(rank),
             batch_size=self._config.global_batch_size,
             num_steps=anchors.start_steps,
             num_draws=anchors.start_draws,
@@ -154,12 +154,12 @@ class FinetuningWork(Work):
 
     def _unsteered(self, split: BatchSplit, *, rank: int, device: torch.device) -> TuningRows:
         config = self._config
-        whole = BatchSplit(micro_batch_size=split.per_worker, accumulation=1, num_workers=split.num_workers)
+        whole = replace(split, accumulation=1)
         if config.data.from_model:
             return ModelRows(
                 self._tilt.flow_map,
                 seed=config.seed,
-                rows=whole.rows(rank, 0),
+                rows=whole.rows_of(rank),
                 label_dropout=config.label_dropout,
                 sha256=self._sha256,
                 device=device,
@@ -168,7 +168,7 @@ class FinetuningWork(Work):
         data = TrainingData.load(self._plan.source, config, whole, jitter=jitter, rank=rank, device=device)
         return DataRows(data, label_dropout=config.label_dropout, num_classes=self._base.num_classes)
 
-    def feed(self, data: TuningRows, engine: ZeroEngine, split: BatchSplit) -> TargetFeed:
+    def feed(self, data: TuningRows, engine: ZeroEngine, split: BatchSplit, *, rank: int) -> TargetFeed:
         config, tilt = self._config, self._tilt
         return TargetFeed(
             data,
@@ -176,7 +176,7 @@ class FinetuningWork(Work):
             together(
                 lambda: tilt.with_normaliser(data.first(NORMALISER_ROWS), batch_size=_SCORED_AT_ONCE), engine.device
             ),
-            split=split,
+            sizes=split.sizes(rank),
             chains=config.anchors.chains,
             restart=config.anchors.restart,
             end=config.max_steps,

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mfm_ray.config import TrainConfig, TrainingConfig
@@ -23,6 +23,7 @@ from mfm_ray.networks import build_network
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
+from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, newest_checkpoint
 from mfm_ray.training.comm_op import check_comm_op
 from mfm_ray.training.ema import ema_decays
 from mfm_ray.training.failures import root_cause
@@ -37,9 +38,7 @@ from mfm_ray.training.session import Measure, Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 from mfm_ray.training.trackers import check_trackers
 
-CHECKPOINTS = "checkpoints"
 _BUNDLED = {"digits": datasets.digits, "gmm": datasets.gmm}
-_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # a group that loses a node should not wait a minute for resources that are gone
@@ -84,14 +83,6 @@ class TrainingResult:
     artifacts: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Found:
-    """The newest registered checkpoint of a run and what it says of itself."""
-
-    storage: Storage
-    state: checkpoint.CheckpointState
-
-
 def check_config(config: TrainConfig) -> None:
     """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
     check_training(config)
@@ -109,8 +100,14 @@ def is_bundled(name: str) -> bool:
 
 def check_training(config: TrainingConfig) -> None:
     """What every training has in common: batch, sharding, averages, trackers. ValueError, one line."""
-    workers = num_workers(config)
-    zero.split_batch(config.global_batch_size, num_workers=workers, micro_batch_size=config.micro_batch_size)
+    workers = worker_range(config)
+    for number in workers:
+        zero.split_batch(
+            config.global_batch_size,
+            num_workers=number,
+            micro_batch_size=config.micro_batch_size,
+            even=isinstance(config.scaling.num_workers, int),
+        )
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     ema_decays(config.ema_decay)
     check_trackers(config.trackers)
@@ -126,13 +123,17 @@ def check_images(config: TrainConfig, data: Manifest) -> None:
             raise InputError(f"{key}={value}: {data.name} holds no images, expected 0")
 
 
-def num_workers(config: TrainingConfig) -> int:
-    if not isinstance(config.scaling.num_workers, int):
-        raise InputError(
-            f"scaling.num_workers={config.scaling.num_workers}: elastic training is not available yet, "
-            "expected one number"
-        )
-    return config.scaling.num_workers
+def worker_range(config: TrainingConfig) -> range:
+    """The numbers of workers that a run may have: one, or in elastic training all from the least to the most.
+
+    InputError for a list that is no such pair.
+    """
+    asked = config.scaling.num_workers
+    if isinstance(asked, int):
+        return range(asked, asked + 1)
+    if len(asked) != 2 or asked[0] > asked[1]:
+        raise InputError(f"scaling.num_workers={asked}: expected one number, or [least, most] for elastic training")
+    return range(asked[0], asked[1] + 1)
 
 
 def run_training(
@@ -187,15 +188,13 @@ def train_to_the_end(
 
     InputError for a checkpoint that is in the way or of another run, and as `fit` raises.
     """
-    found = newest_checkpoint(plan.run)
+    found = newest_checkpoint(plan.run, log)
     if found is not None and not resume:
         raise InputError(f"{plan.run.uri_of(CHECKPOINTS)}: holds checkpoints already; resume=true, or another name")
     if found is not None:
         checkpoint.check_compatible(
             found.storage,
             found.state,
-            world_size=num_workers(config),
-            stage=config.zero.stage,
             model=plan.model,
             data_sha256=data_sha256,
             ema_decays=ema_decays(config.ema_decay),
@@ -239,31 +238,16 @@ def model_config(config: TrainConfig, data: Manifest) -> dict[str, Any]:
     }
 
 
-def newest_checkpoint(storage: Storage) -> Found | None:
-    """The checkpoint from which Ray Train would go on, None when the run has none.
-
-    CheckpointError when it is named but cannot be used.
-    """
-    checkpoints = storage.child(CHECKPOINTS)
-    if not checkpoints.is_file(_RAY_SNAPSHOT):
-        return None
-    newest = checkpoints.read_json(_RAY_SNAPSHOT).get("latest_checkpoint_result")
-    if newest is None:
-        return None
-    folder = checkpoints.child(newest["checkpoint_dir_name"])
-    return Found(folder, checkpoint.read_state(folder))
-
-
 def is_complete(config: TrainingConfig, state: checkpoint.CheckpointState) -> bool:
     out_of_time = config.max_seconds is not None and state.seconds >= config.max_seconds
     return state.step >= config.max_steps or out_of_time
 
 
 def uses_gpu(config: TrainingConfig) -> bool:
-    """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each worker."""
+    """What scaling.use_gpu says, or, where it is null, whether the cluster has a GPU for each of the least workers."""
     if config.scaling.use_gpu is not None:
         return config.scaling.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= num_workers(config)
+    return ray.cluster_resources().get("GPU", 0) >= worker_range(config)[0]
 
 
 def fit(
@@ -272,9 +256,10 @@ def fit(
     """Run the workers to the end. InputError for a cluster too small or a bad checkpoint, TrainingError otherwise."""
     if not plan.cuda:
         check_comm_op()
-    workers, each = num_workers(config), worker_resources(config, plan.cuda)
-    wait_for_resources(workers, each, config.scaling.start_timeout_s, log)
+    workers, each = worker_range(config), worker_resources(config, plan.cuda)
+    wait_for_resources(workers[0], each, config.scaling.start_timeout_s, log)
     display = ProgressDisplay(log) if shows_progress else nullcontext()
+    plan = replace(plan, reports=bool(callbacks))
     watchdog = Watchdog(plan.run, log, hang_timeout_s=config.faults.hang_timeout_s)
     with environment_defaults(_RAY_ENVIRONMENT), display as progress, watchdog:
         watched = replace(plan, monitor=watchdog.monitor)
@@ -282,12 +267,16 @@ def fit(
             train_worker,  # type: ignore[arg-type]
             train_loop_config={"plan": watched if progress is None else replace(watched, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
-            scaling_config=ScalingConfig(num_workers=workers, use_gpu=plan.cuda, resources_per_worker=each),
+            scaling_config=ScalingConfig(
+                num_workers=workers[0] if len(workers) == 1 else (workers[0], workers[-1]),
+                use_gpu=plan.cuda,
+                resources_per_worker=each,
+                elastic_resize_monitor_interval_s=config.scaling.resize_interval_s,
+            ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 **plan.run.for_ray,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoints_to_keep),
                 callbacks=[*callbacks, watchdog.callback, SigtermIsNotice()],  # type: ignore[list-item]
             ),
         )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 
+from mfm_ray.storage import Storage
+from mfm_ray.training.agreement import agree
 from mfm_ray.training.checkpoint import CheckpointError
+from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, complete_checkpoints, passed_over
 from mfm_ray.training.heartbeat import CHECKPOINT, DATA, END, SAMPLE, STEP, Heartbeat, beat_every
 from mfm_ray.training.metrics_log import TrainingDiverged
 from mfm_ray.training.notice import NoticeBoard, Urgency, WorkerEnded, own_notice
-from mfm_ray.training.recorder import Recorder, read_checkpoint
+from mfm_ray.training.recorder import Recorder
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.snapshot import read_checkpoint
 from mfm_ray.training.target_feed import TargetsError
 
 
@@ -52,6 +54,7 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
     deadline = Deadline(config.max_seconds, already=training.seconds_before, device=training.engine.device)
     for step in range(start, config.max_steps):
         training_step(training, step)
+        recorder.check()
         done = step + 1
         last = done == config.max_steps or deadline.reached(done)
         notice = board.news()
@@ -69,11 +72,13 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
         if save:
             heartbeat.at(CHECKPOINT, done)
             recorder.save_checkpoint(done)
-            heartbeat.checkpoint = done
+        if notice is Urgency.ENDED and not last:
+            recorder.finish()
         if notice is Urgency.ENDED and not last and own_notice() is Urgency.ENDED:
             raise WorkerEnded(f"told to end in step {done} (SIGTERM); its checkpoint is written")
         if last:
             break
+    recorder.finish()
 
 
 def training_step(training: Training, step: int) -> None:
@@ -83,9 +88,9 @@ def training_step(training: Training, step: int) -> None:
     batches = training.feed.take(step)
     training.heartbeat.at(STEP, step)
     training.data_seconds += time.perf_counter() - began
-    for micro_batch in batches:
+    for micro_batch, weight in zip(batches, training.split.weights(training.rank), strict=True):
         loss, noted = engine.forward(*micro_batch, step)
-        engine.backward(loss)
+        engine.backward(loss * weight)
         engine.step(training.learning_rate(step))
         figures.append(noted)
     training.ema.update()
@@ -93,19 +98,35 @@ def training_step(training: Training, step: int) -> None:
 
 
 def restore(training: Training) -> int:
-    """Go on from the checkpoint that Ray Train hands out, else from that of another run where the plan names one.
+    """Go on from the run's newest good checkpoint, else from that of another run where the plan names one.
 
-    The steps that are done. Collective.
+    The steps that are done. A damaged checkpoint is named and the one before taken; CheckpointError when all are.
+    Collective.
     """
-    found = ray.train.get_checkpoint()
-    if found is not None:
-        with found.as_directory() as folder:
-            return read_checkpoint(training, Path(folder))
-    start_from = training.plan.start_from
-    if start_from is None:
-        return 0
-    with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as scratch:
-        return read_checkpoint(training, start_from.local_path or start_from.download_dir("", scratch))
+    found = _choices(training)
+    damage: CheckpointError | None = None
+    while (folder := _told_by_first(training, found)) is not None:
+        try:
+            return read_checkpoint(training, folder)
+        except CheckpointError as error:
+            damage = damage or error
+            training.say(passed_over(error))
+    if damage is not None:
+        raise damage
+    return 0 if training.plan.start_from is None else read_checkpoint(training, training.plan.start_from)
+
+
+def _choices(training: Training) -> Iterator[Found]:
+    """Rank 0 looks, and what it finds is what all take."""
+    return complete_checkpoints(training.plan.run, training.say) if training.rank == 0 else iter(())
+
+
+def _told_by_first(training: Training, found: Iterator[Found]) -> Storage | None:
+    """Rank 0's next choice, None when it has no more. CheckpointError on all ranks when it met only damage."""
+    choice = agree(lambda: next(found, None))
+    told = [None if choice is None else choice.storage.name]
+    torch.distributed.broadcast_object_list(told, src=0, device=training.engine.device)
+    return None if told[0] is None else training.plan.run.child(CHECKPOINTS, told[0])
 
 
 class Deadline:

@@ -18,7 +18,13 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class TrainingDiverged(ArithmeticError):
-    """A loss or gradient became NaN or infinite; the message names step and term."""
+    """A loss or gradient became NaN or infinite; the message names step, worker and term.
+
+    step: the first such step, where it is known. blamed: whether it was this worker's number.
+    """
+
+    step: int | None = None
+    blamed: bool = False
 
 
 class StepWindow:
@@ -41,30 +47,40 @@ class StepWindow:
     def flush(self) -> dict[str, float]:
         """Means over the window's steps and over ranks, by name. Collective.
 
-        Raises TrainingDiverged, on every rank alike, naming the first step and number that is not finite.
+        Raises TrainingDiverged, on every rank alike, naming the first step and number that is not finite, and the
+        first rank where it is not.
         """
         if not self._rows:
             return {}
-        values = torch.stack(self._rows).double()
+        mine = torch.stack(self._rows).double()
         self._rows = []
+        values = mine.clone()
         torch.distributed.all_reduce(values)
         values = (values / torch.distributed.get_world_size()).cpu()
         broken = (~torch.isfinite(values)).nonzero()
         if len(broken):
             row, column = (int(i) for i in broken[0])
-            raise TrainingDiverged(
-                f"step {self._first_step + row}: {self.names[column]} is {float(values[row, column])}; "
-                "lower optimizer.learning_rate, set gradient_clipping, or look at the data; "
-                "the checkpoints written before are good"
-            )
+            raise self._diverged(self._first_step + row, column, mine[row, column])
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+
+    def _diverged(self, step: int, column: int, mine: Tensor) -> TrainingDiverged:
+        """The error of a step, by what the number is on each rank. Collective."""
+        numbers = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(numbers, mine.contiguous())
+        first, number = next((rank, float(n)) for rank, n in enumerate(numbers) if not torch.isfinite(n))
+        error = TrainingDiverged(
+            f"step {step}, worker {first}: {self.names[column]} is {number}; lower optimizer.learning_rate, set "
+            "gradient_clipping, or look at the data; the checkpoints written before are good"
+        )
+        error.step, error.blamed = step, not bool(torch.isfinite(mine))
+        return error
 
 
 class MetricsLog:
     """metrics.jsonl and TensorBoard events of a run, written by one process.
 
-    A run on a local path is written in place, line by line. Elsewhere the files grow in a local folder that `upload`
-    copies there. What an earlier attempt wrote after `resume_step` is removed, so that each step appears once.
+    A run on a local path is written in place, line by line. Elsewhere the files grow in a local folder that
+    `upload` copies there. What an earlier attempt wrote after `resume_step` is removed, so that each step appears once.
     """
 
     def __init__(self, run: Storage, *, resume_step: int) -> None:
@@ -141,7 +157,7 @@ class MetricsLog:
             raise
 
     def upload(self) -> None:
-        """Make what was flushed readable in the run's storage."""
+        """Make what was flushed readable in the run's storage; any thread may call it while lines are added."""
         if self._is_local:
             return
         for path in self._folder.iterdir():

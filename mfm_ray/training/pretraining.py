@@ -56,7 +56,7 @@ class PretrainingWork(Work):
         jitter = AffineJitter(**vars(self._config.augmentation))
         return TrainingData.load(self._plan.source, self._config, split, jitter=jitter, rank=rank, device=device)
 
-    def feed(self, data: TrainingData, engine: ZeroEngine, split: BatchSplit) -> BatchFeed:
+    def feed(self, data: TrainingData, engine: ZeroEngine, split: BatchSplit, *, rank: int) -> BatchFeed:
         return BatchFeed(data, end=self._config.max_steps)
 
     def model(self, weights: Mapping[str, Tensor], device: torch.device) -> FlowMap:

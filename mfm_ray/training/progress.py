@@ -44,16 +44,22 @@ def _duration(seconds: float) -> str:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ProgressActor:
-    """Holds the last state."""
+    """Holds the last state, and lines until they are asked for."""
 
     def __init__(self) -> None:
         self._state: ProgressState | None = None
+        self._said: list[str] = []
 
     def tell(self, state: ProgressState) -> None:
         self._state = state
 
-    def ask(self) -> ProgressState | None:
-        return self._state
+    def say(self, line: str) -> None:
+        self._said.append(line)
+
+    def ask(self) -> tuple[ProgressState | None, list[str]]:
+        """The last state, and the lines that were said since the last call."""
+        said, self._said = self._said, []
+        return self._state, said
 
 
 class ProgressDisplay:
@@ -75,6 +81,7 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join(timeout=5.0)
+        self._ask()  # for what was said at the end
         ray.kill(self.actor)
 
     def _watch(self) -> None:
@@ -96,7 +103,11 @@ class ProgressDisplay:
             bar.close()
 
     def _ask(self) -> ProgressState | None:
+        """The last state; what was said is logged."""
         try:
-            return ray.get(self.actor.ask.remote(), timeout=5.0)
+            state, said = ray.get(self.actor.ask.remote(), timeout=5.0)
         except (ray.exceptions.RayError, TimeoutError):
             return None
+        for line in said:
+            self._log(line)
+        return state

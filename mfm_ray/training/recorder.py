@@ -1,26 +1,26 @@
-"""What leaves a worker while it trains: metrics, progress, sample grids, checkpoints; and the way back in."""
+"""What leaves a worker while it trains: metrics, progress, sample grids, checkpoints."""
 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from pathlib import Path
 
 import ray.train
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.storage import Storage
-from mfm_ray.training import checkpoint
+from mfm_ray.training.background import Background
+from mfm_ray.training.checkpoint_store import CHECKPOINTS, Retention, folder_name, next_number
 from mfm_ray.training.device_peaks import memory_peak
+from mfm_ray.training.diverged import with_batches
 from mfm_ray.training.evaluation import Evaluations, hacked
 from mfm_ray.training.metrics_log import MetricsLog, TrainingDiverged
 from mfm_ray.training.progress import ProgressState
 from mfm_ray.training.sample_grid import write_sample_grid
 from mfm_ray.training.session import Measure, Training
+from mfm_ray.training.snapshot import Snapshot, SnapshotMaker
 from mfm_ray.training.trackers import open_trackers
 
 
@@ -38,6 +38,16 @@ class Recorder:
         self._evaluations = Evaluations(training.plan.evaluator, start=start) if evaluates else None
         if self._evaluations is not None and start == 0:
             self._evaluations.submit(0, None)
+        self._background, self._snapshots = Background("checkpoint"), SnapshotMaker(training)
+        config = training.config
+        self._retention = Retention(
+            training.plan.run,
+            newest=config.checkpoints_to_keep,
+            best=config.best_checkpoints_to_keep,
+            score=config.checkpoint_score,
+            order=config.checkpoint_score_order,
+        )
+        self._number = self._first_number()
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
@@ -46,13 +56,13 @@ class Recorder:
         run = self._training.plan.run
         return self._training.patience.insist("the metrics", lambda: MetricsLog(run, resume_step=start))
 
-    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        """Copy this rank's files to the run's storage, which may be away for a while."""
-        storage = ray.train.get_context().get_storage()
-        return self._training.patience.insist(
-            f"the checkpoint of step {self.figures['step']}",
-            lambda: storage.persist_current_checkpoint(checkpoint, name),
-        )
+    def _first_number(self) -> int:
+        """The number of this attempt's first checkpoint, which rank 0 looks up for all. Collective."""
+        training = self._training
+        number = next_number(training.plan.run) if training.rank == 0 else 0
+        answer = torch.tensor([number], dtype=torch.int64, device=training.engine.device)
+        torch.distributed.broadcast(answer, src=0)
+        return int(answer[0])
 
     @property
     def line_every(self) -> list[int]:
@@ -63,7 +73,7 @@ class Recorder:
     def record(self, done: int, *, last: bool) -> bool:
         """Average the figures since the last call; write a line of history. Whether an evaluation ends the run."""
         training = self._training
-        means = training.work.derived(training.window.flush()) | training.buckets.flush()
+        means = training.work.derived(self._means()) | training.buckets.flush()
         interval = time.monotonic() - self._interval_began
         numbers = {
             **means,
@@ -87,6 +97,13 @@ class Recorder:
             self._tell_progress(done, numbers)
         self._begin_interval(done)
         return self._is_hacked()
+
+    def _means(self) -> dict[str, float]:
+        """The figures of the steps since the last line. TrainingDiverged, with the batch saved that did it."""
+        try:
+            return self._training.window.flush()
+        except TrainingDiverged as error:
+            raise with_batches(self._training, error) from None
 
     def evaluate(self, done: int) -> None:
         """Hand the averaged weights to the evaluator, which takes its time."""
@@ -126,26 +143,60 @@ class Recorder:
         return weights
 
     def save_checkpoint(self, done: int) -> None:
-        """Keep where the run stands, with what the plan measures on the averaged model. TrainingDiverged as there."""
+        """Keep where the run stands, with what the plan measures on the averaged model. TrainingDiverged as there.
+
+        The state is copied here and written by a thread while training goes on; at most one is under way, and what goes
+        wrong is raised by the next step.
+        """
         if self._training.plan.measure is not None:
             self.figures = self.figures | self._measured(self._training.plan.measure, done)
-        with tempfile.TemporaryDirectory(prefix="mfm-ray-checkpoint-") as folder:
-            write_checkpoint(self._training, Path(folder), done=done, figures=self.figures)
-            if self._log is not None:
-                self._training.patience.insist("the metrics", self._log.flush)
-                self._training.patience.insist("the metrics", self._log.upload)
-            # Ray Train's callbacks see the figures; nobody reads them elsewhere
-            ray.train.report(
-                {**self.figures, "step": done},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_upload_fn=self._upload,
-            )
+        if self._retention.best:
+            self._retention.score_of(self.figures)
+        self._background.wait()
+        snapshot = self._snapshots.take(done, self.figures)
+        number, self._number = self._number, self._number + 1
+        if self._log is not None:
+            self._training.patience.insist("the metrics", self._log.flush)
+        self._background.start(lambda: self._put_away(snapshot, number, done))
+        if self._training.plan.reports:
+            self._report(done)
         self._begin_interval(done)
+
+    def check(self) -> None:
+        """Raise what went wrong while a checkpoint was written."""
+        self._background.check()
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and remove what need not stay. Collective."""
+        self._background.wait()
+        torch.distributed.barrier()
+        if self._training.rank == 0:
+            self._retention.prune(before=self._number)
+
+    def _put_away(self, snapshot: Snapshot, number: int, done: int) -> None:
+        """Runs in the thread."""
+        training = self._training
+        target = training.plan.run.child(CHECKPOINTS, folder_name(number, done))
+        training.patience.insist(f"the checkpoint of step {done}", lambda: self._write(snapshot, target, number))
+        training.heartbeat.checkpoint = done
+
+    def _write(self, snapshot: Snapshot, target: Storage, number: int) -> None:
+        if self._log is not None:
+            self._retention.prune(before=number)
+            self._log.upload()
+        snapshot.write(target)
+
+    def _report(self, done: int) -> None:
+        """Tell Ray Train's callbacks, who may look for the checkpoint at once. Collective."""
+        self._background.wait()
+        ray.train.report({**self.figures, "step": done})
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # a checkpoint that is under way is good whatever ended the run after it
+        self._background.wait() if kind is None else self._background.settle()
         if self._log is not None:
             self._close_log(self._log, failed=kind is not None)
         for tracker in self._trackers:
@@ -193,54 +244,3 @@ class Recorder:
 
     def _begin_interval(self, done: int) -> None:
         self._last_step, self._interval_began = done, time.monotonic()
-
-
-def write_checkpoint(training: Training, directory: Path, *, done: int, figures: dict[str, float]) -> None:
-    """Put this rank's part of a checkpoint into an empty folder of its own. Collective."""
-    rank = training.rank
-    training.engine.save(directory)
-    training.ema.save(directory / checkpoint.ema_name(rank))
-    if feed := training.feed.state():
-        safetensors.torch.save_file(feed, directory / checkpoint.feed_name(rank))
-    for decay, name in checkpoint.model_files(training.ema.decays).items():
-        model_file = directory / name if rank == 0 else None
-        checkpoint.write_tensors(model_file, training.ema.full_tensors(training.flow_map, decay))
-    state = checkpoint.CheckpointState(
-        step=done,
-        seconds=training.seconds,
-        world_size=training.split.num_workers,
-        stage=training.engine.stage,
-        config=training.plan.config,
-        model=training.plan.model,
-        data_sha256=training.data.sha256,
-        figures=figures,
-        ema_decays=list(training.ema.decays),
-    )
-    checkpoint.write_manifest(directory, rank=rank, state=state)
-
-
-def read_checkpoint(training: Training, directory: Path) -> int:
-    """Take weights, optimiser state and averages from the ranks' merged folder; the steps that are done. Collective."""
-    verify_on_all_ranks(directory, training.rank)
-    state = checkpoint.read_state(Storage(directory))
-    training.engine.load(directory)
-    training.ema.load(directory / checkpoint.ema_name(training.rank))
-    feed = directory / checkpoint.feed_name(training.rank)
-    training.feed.load_state(safetensors.torch.load_file(feed) if feed.exists() else {})
-    training.seconds_before, training.started = state.seconds, time.monotonic()
-    return state.step
-
-
-def verify_on_all_ranks(directory: Path, rank: int) -> None:
-    """Check the hashes of what this rank is about to unpickle; when any rank finds damage, all raise. Collective."""
-    error: str | None = None
-    try:
-        for writer in sorted({0, rank}):
-            checkpoint.verify_rank(directory, writer)
-    except checkpoint.CheckpointError as found:
-        error = str(found)
-    errors: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    first = next((text for text in errors if text is not None), None)
-    if first is not None:
-        raise checkpoint.CheckpointError(first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from mfm_ray.training.throughput import Throughput
 from mfm_ray.training.time_buckets import BucketWindow
 from mfm_ray.training.zero import BatchSplit, LearningRate, ZeroEngine, prepare, split_batch, zero_config
 
+_logger = logging.getLogger(__name__)
+
 # M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (its largest value) of malloc.h, in bytes
 _MALLOC_OPTIONS = {-1: 1 << 30, -2: 64 << 20, -3: 32 << 20}
 
@@ -41,7 +44,8 @@ class Plan:
     the run's folder; model: the config.json of the model; task: which kind of training it is; progress, evaluator:
     handles of the actors that show progress and evaluate, or None; measure: what is measured on the averaged model at
     each checkpoint, on rank 0, or None; start_from: a checkpoint of another run that this one goes on from, or None;
-    monitor: handle of the actor that workers send heartbeats to, or None.
+    reports: whether callbacks of Ray Train wait for the figures of each checkpoint; monitor: handle of the actor that
+    workers send heartbeats to, or None.
     """
 
     config: dict[str, Any]
@@ -55,6 +59,7 @@ class Plan:
     measure: Measure | None = None
     start_from: Storage | None = None
     monitor: Any = None
+    reports: bool = False
 
     @property
     def source(self) -> Storage:
@@ -101,11 +106,21 @@ class Training:
         beat = self.heartbeat
         return Patience(timeout_s=self.config.faults.storage_timeout_s, say=beat.say, alive=beat.moved)
 
+    def say(self, line: str) -> None:
+        """A line for whoever watches the run, from rank 0."""
+        if self.rank != 0:
+            return
+        if self.plan.progress is None:
+            _logger.warning(line)
+        else:
+            self.plan.progress.say.remote(line)
+
     def note(self, step: int, figures: Tensor) -> None:
         """Keep the figures of a step, (micro-steps, n) as `Work.module` returns them, without waiting for them."""
+        weights = torch.tensor(self.split.weights(self.rank), dtype=torch.float32, device=figures.device)
         norm = torch.as_tensor(self.engine.gradient_norm, dtype=torch.float32, device=self.engine.device)
         means, sums = figures.tensor_split([len(self.work.columns)], dim=1)
-        self.window.add(step + 1, torch.cat([means.mean(0), norm.reshape(1)]))
+        self.window.add(step + 1, torch.cat([(means * weights.unsqueeze(1)).mean(0), norm.reshape(1)]))
         self.buckets.add(sums.sum(0))
 
 
@@ -115,7 +130,12 @@ def set_up(plan: Plan) -> Training:
     config = from_dict(plan.task.config_type, plan.config)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.set_num_threads(max(1, int(config.scaling.resources_per_worker.get("CPU", 1))))
-    split = split_batch(config.global_batch_size, num_workers=world_size, micro_batch_size=config.micro_batch_size)
+    split = split_batch(
+        config.global_batch_size,
+        num_workers=world_size,
+        micro_batch_size=config.micro_batch_size,
+        even=isinstance(config.scaling.num_workers, int),
+    )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if plan.cuda else torch.device("cpu")
     work = plan.task.begin(plan, config, device)
     throughput = Throughput.count(work.flow_map, work.terms, config, workers=world_size)
@@ -140,7 +160,7 @@ def set_up(plan: Plan) -> Training:
         engine=engine,
         ema=ShardedEMA(engine, decays=ema_decays(config.ema_decay)),
         data=data,
-        feed=work.feed(data, engine, split),
+        feed=work.feed(data, engine, split, rank=rank),
         split=split,
         learning_rate=LearningRate(
             peak=config.optimizer.learning_rate,

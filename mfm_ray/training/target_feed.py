@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,9 @@ from mfm_ray.finetuning.targets import Drift
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.tuning_rows import TuningRows
-from mfm_ray.training.zero import BatchSplit
+
+_KEPT = 16
+"""Steps whose targets are kept for the case that they made the loss diverge."""
 
 Result = TypeVar("Result")
 TunedBatch = tuple[DriftTargets, Tensor]
@@ -32,7 +35,7 @@ class TargetFeed:
     A method that is off policy works in a thread one or two steps ahead, so that a step does not wait for rewards. What
     the chains of a step became travels with its targets, and counts when these are taken: `state` knows nothing of
     steps that were made ahead. drift: the tuned one, for methods that are on policy, whose targets are made when they
-    are asked for. collective_drift: whether all workers must take part in it.
+    are asked for. sizes: rows of this worker's micro-steps. collective_drift: whether all workers must take part in it.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class TargetFeed:
         method: TuningMethod,
         tilt: Tilt,
         *,
-        split: BatchSplit,
+        sizes: Sequence[int],
         chains: int,
         restart: float,
         end: int,
@@ -49,14 +52,15 @@ class TargetFeed:
         drift: Drift,
         collective_drift: bool,
     ) -> None:
-        self._rows, self._method, self._tilt, self._split, self._device = rows, method, tilt, split, device
+        self._rows, self._method, self._tilt, self._sizes, self._device = rows, method, tilt, sizes, device
         self._drift = drift if method.on_policy else None
         self._fails_alone = method.on_policy and collective_drift
         shape = tilt.flow_map.event_shape
         self._ahead, self._taken = (
-            TiltedChains(rows=split.per_worker, event_shape=shape, chains=chains, restart=restart) for _ in range(2)
+            TiltedChains(rows=sum(sizes), event_shape=shape, chains=chains, restart=restart) for _ in range(2)
         )
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and not method.on_policy else None
+        self._kept: dict[int, list[TunedBatch]] = {}
         self._steps: Prefetcher[_Made] = Prefetcher(self._make, end=end)
 
     def take(self, step: int) -> list[TunedBatch]:
@@ -66,7 +70,12 @@ class TargetFeed:
         if made.finished is not None:
             made.hand_over(torch.cuda.current_stream(self._device))
         self._taken.put(step, made.visited)
+        self._kept = {**dict([*self._kept.items()][1 - _KEPT :]), step: made.batches}
         return made.batches
+
+    def again(self, step: int) -> list[TunedBatch] | None:
+        """The micro-batches of one of the last steps: targets cannot be made once more, the chains have moved on."""
+        return self._kept.get(step)
 
     def state(self) -> dict[str, Tensor]:
         """The chains as the steps that were taken left them."""
@@ -96,8 +105,8 @@ class TargetFeed:
         data, label, noise = self._rows.batch(step)
         anchors = self._anchors(data, label, noise, step)
         batches = []
-        for first in range(0, len(data), self._split.micro_batch_size):
-            part = slice(first, first + self._split.micro_batch_size)
+        for last, size in zip(accumulate(self._sizes), self._sizes, strict=True):
+            part = slice(last - size, last)
             mine = Anchors(
                 anchors.x1[part], None if anchors.label is None else anchors.label[part], anchors.reward[part]
             )

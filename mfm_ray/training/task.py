@@ -24,9 +24,16 @@ class Data(Protocol):
 
 
 class Feed(Protocol):
-    """The micro-batches of one step after another. `state` is of the steps that were taken, on this worker."""
+    """The micro-batches of one step after another.
+
+    `state` is of the steps that were taken; this worker's rows of the global batch lie along dimension 1 of each
+    tensor.
+    """
 
     def take(self, step: int) -> Sequence[tuple[Any, ...]]: ...
+
+    def again(self, step: int) -> Sequence[tuple[Any, ...]] | None:
+        """The micro-batches of a step that was taken not long ago; None where they are gone."""
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -56,7 +63,7 @@ class Work(ABC):
         """This worker's way through the data, a `Data`."""
 
     @abstractmethod
-    def feed(self, data: Any, engine: ZeroEngine, split: BatchSplit) -> Feed: ...
+    def feed(self, data: Any, engine: ZeroEngine, split: BatchSplit, *, rank: int) -> Feed: ...
 
     @abstractmethod
     def model(self, weights: Mapping[str, Tensor], device: torch.device) -> FlowMap:

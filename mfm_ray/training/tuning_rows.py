@@ -45,7 +45,7 @@ class ModelRows:
     """One-step samples of the frozen model itself, of classes drawn at random where it has any."""
 
     def __init__(
-        self, flow_map: FlowMap, *, seed: int, rows: slice, label_dropout: float, sha256: str, device: torch.device
+        self, flow_map: FlowMap, *, seed: int, rows: range, label_dropout: float, sha256: str, device: torch.device
     ) -> None:
         self._flow_map, self._seed, self._share = flow_map, seed, label_dropout
         self._rows, self._device, self.sha256 = torch.arange(rows.start, rows.stop, device=device), device, sha256
@@ -88,7 +88,7 @@ class SteeredRows:
         tilt: Tilt,
         *,
         chains: int,
-        rows: slice,
+        rows: range,
         batch_size: int,
         num_steps: int,
         num_draws: int,
@@ -114,7 +114,7 @@ class SteeredRows:
         samples = steered_samples(
             self._tilt,
             label,
-            count=self._rows.stop - self._rows.start,
+            count=len(self._rows),
             num_steps=self._num_steps,
             num_draws=self._num_draws,
             seed=self._seed,

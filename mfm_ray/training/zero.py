@@ -11,15 +11,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfm_ray.training.comm_op import load_comm_op
-
-TAG = "deepspeed"  # the folder of the engine's own files inside a checkpoint
+from mfm_ray.training.pieces import Piece, share_of
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 _FUSED = ("adam", "adamw")  # one pass over the shard instead of eight, on CPU and CUDA
@@ -28,37 +26,64 @@ _LARGEST_BUCKET = 200_000_000  # elements in one collective
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """global_batch_size = micro_batch_size x accumulation x num_workers."""
+    """How a global batch is shared out: the same rows, whatever the number of workers and of micro-steps.
 
-    micro_batch_size: int
-    accumulation: int
+    Worker r has rows floor(r G / W) to floor((r + 1) G / W) of G, in `accumulation` micro-steps cut by the same rule.
+    Shares differ by at most one row; `weight` makes the mean over micro-steps and workers that over the rows.
+    """
+
+    global_batch_size: int
     num_workers: int
+    accumulation: int
+
+    def rows_of(self, rank: int) -> range:
+        """The rows of the global batch that worker `rank` computes."""
+        return _part(range(self.global_batch_size), rank, self.num_workers)
+
+    def sizes(self, rank: int) -> list[int]:
+        """Rows of each micro-step of worker `rank`."""
+        rows = self.rows_of(rank)
+        return [len(_part(rows, step, self.accumulation)) for step in range(self.accumulation)]
+
+    def weights(self, rank: int) -> list[float]:
+        """What each micro-step's mean counts in the mean of the means: 1 where all micro-steps are of one size."""
+        parts = self.num_workers * self.accumulation
+        return [size * parts / self.global_batch_size for size in self.sizes(rank)]
 
     @property
-    def per_worker(self) -> int:
-        return self.micro_batch_size * self.accumulation
-
-    def rows(self, rank: int, micro_step: int) -> slice:
-        """The rows of the global batch that worker `rank` computes in micro-step `micro_step`."""
-        start = rank * self.per_worker + micro_step * self.micro_batch_size
-        return slice(start, start + self.micro_batch_size)
+    def micro_batch_size(self) -> int:
+        """Rows of the largest micro-step."""
+        return max(max(self.sizes(rank)) for rank in range(self.num_workers))
 
 
-def split_batch(global_batch_size: int, *, num_workers: int, micro_batch_size: int | None) -> BatchSplit:
+def _part(rows: range, index: int, count: int) -> range:
+    return rows[len(rows) * index // count : len(rows) * (index + 1) // count]
+
+
+def split_batch(
+    global_batch_size: int, *, num_workers: int, micro_batch_size: int | None, even: bool = True
+) -> BatchSplit:
     """Divide a global batch over workers and micro-steps; without `micro_batch_size` there is one micro-step.
 
-    Raises ValueError with the numbers when the batch does not divide.
+    even: whether all shares must be of one size. Where not, as in elastic training, `micro_batch_size` is an upper
+    bound. Raises ValueError with the numbers when the batch does not divide, or leaves a micro-step without a row.
     """
-    if global_batch_size % num_workers:
+    if even and global_batch_size % num_workers:
         raise ValueError(f"global_batch_size={global_batch_size} does not divide by scaling.num_workers={num_workers}")
-    per_worker = global_batch_size // num_workers
-    micro = per_worker if micro_batch_size is None else micro_batch_size
-    if micro < 1 or per_worker % micro:
+    largest = math.ceil(global_batch_size / num_workers)
+    micro = largest if micro_batch_size is None else micro_batch_size
+    if micro < 1 or (even and largest % micro):
         raise ValueError(
-            f"micro_batch_size={micro} does not divide the {per_worker} samples of a worker "
+            f"micro_batch_size={micro} does not divide the {largest} samples of a worker "
             f"(global_batch_size={global_batch_size} / scaling.num_workers={num_workers})"
         )
-    return BatchSplit(micro_batch_size=micro, accumulation=per_worker // micro, num_workers=num_workers)
+    accumulation = math.ceil(largest / micro)
+    if global_batch_size // num_workers < accumulation:
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size}: with {num_workers} workers, global_batch_size={global_batch_size} "
+            f"leaves one of them fewer rows than the {accumulation} micro-steps of another; expected a larger one"
+        )
+    return BatchSplit(global_batch_size=global_batch_size, num_workers=num_workers, accumulation=accumulation)
 
 
 def check_sharding(*, stage: int, offload: bool) -> None:
@@ -107,7 +132,6 @@ def zero_config(
         "steps_per_print": None,
         "log_level": "error",
         "timers": {"throughput": {"enabled": False}},
-        "checkpoint": {"tag_validation": "IGNORE"},  # the tag is a constant
     }
 
 
@@ -188,7 +212,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 class ZeroEngine:
-    """A sharded module with its optimiser: forward, backward, step, the float32 shards, save and load.
+    """A sharded module with its optimiser: forward, backward, step, the float32 shards and what lies where in them.
 
     forward, backward and step are collective, and so is everything that reads full parameters.
     """
@@ -259,14 +283,121 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
                 yield name, tensor.detach()
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's weights and optimiser state below `directory`/deepspeed. Collective."""
-        self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+    def fixed_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Buffers of the engine's module, and what is not trained of `module`, a part of it; whole, by their names in
+        the engine's module. Each is valid until the next is asked for. Collective: all ranks must exhaust it."""
+        import deepspeed
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, with the same number of ranks and the same stage. Collective.
+        inside = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, nn.Parameter) and (tensor.requires_grad or id(tensor) not in inside):
+                continue
+            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                yield name, tensor.detach()
 
-        The files hold pickles: verify their hashes first (checkpoint.py).
-        """
-        path, _ = self._engine.load_checkpoint(str(directory), tag=TAG)
-        assert path is not None, f"no engine state below {directory}"
+    def set_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the module's buffers the values of those names; what is no buffer stays as it was built."""
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if name in tensors and not isinstance(tensor, nn.Parameter):
+                tensor.copy_(tensors[name])
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def pieces(self) -> list[Piece]:
+        """What of which parameter lies where in `fp32_shards` of this rank; padding belongs to no piece."""
+        found = []
+        parameter: Any
+        for index, (name, parameter) in enumerate(self.parameters().items()):
+            if self.stage == 0:
+                found.append(Piece(name, 0, parameter.numel(), index, 0))
+            elif self.stage == 3:
+                found += _piece_of_stage_3(name, parameter, self._engine.optimizer)
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                place, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                found.append(Piece(name, place.start, place.numel, mapping.param_group_index, there.start))
+        return found
+
+    def owned_pieces(self) -> list[Piece]:
+        """What this rank writes: all that it holds, at stage 0, where all hold the same, its share of it."""
+        if self.stage > 0:
+            return self.pieces()
+        return share_of(self.pieces(), torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def moments(self) -> dict[str, list[Tensor]]:
+        """The optimiser's tensors by torch's name for them, laid out as `fp32_shards`; made where there are none."""
+        states = self._optimizer_states()
+        names = [name for name, value in states[0].items() if torch.is_tensor(value) and value.dim() > 0]
+        return {name: [state[name] for state in states] for name in names}
+
+    def counters(self) -> dict[str, float]:
+        """The optimiser's numbers, such as `step`, which are the same for all parameters."""
+        return {name: float(value) for name, value in self._optimizer_states()[0].items() if _is_counter(value)}
+
+    def restored(self, counters: Mapping[str, float]) -> None:
+        """Take up `counters` and the weights and moments that were written into the shards. Collective."""
+        for state in self._optimizer_states():
+            for name, value in counters.items():
+                state[name].fill_(value)
+        optimizer = self._engine.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            _renew_parameters_of_stage_3(optimizer)
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimiser's state of each shard. Before the first step it is what that step would begin with."""
+        outer = self._engine.optimizer
+        optimizer: torch.optim.Optimizer = outer if self.stage == 0 else outer.optimizer
+        if self.stage == 0:
+            keys = list(self.parameters().values())
+        else:
+            keys = outer.fp32_partitioned_groups_flat if self.stage == 3 else outer.single_partition_of_fp32_groups
+        for key in keys:
+            if not optimizer.state.get(key):
+                optimizer.state[key] = _fresh_state(optimizer, key)
+        return [optimizer.state[key] for key in keys]
+
+
+def _is_counter(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() == 0
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, like: Tensor) -> dict[str, Any]:
+    """What torch's optimiser keeps for a parameter before its first step: zeros of its own types, on its devices."""
+    one = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    one.grad = torch.zeros_like(one)
+    defaults = {name: value for name, value in optimizer.defaults.items() if name != "decoupled_weight_decay"}
+    sample = type(optimizer)([one], **defaults)
+    sample.step()
+    return {
+        name: torch.zeros_like(value if _is_counter(value) else like, requires_grad=False)
+        for name, value in sample.state[one].items()
+    }
+
+
+def _piece_of_stage_3(name: str, parameter: Any, optimizer: Any) -> list[Piece]:
+    """Stage 3 cuts every parameter into equal parts, of which the last may be padded or empty."""
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = size * torch.distributed.get_rank()
+    count = min(size, parameter.ds_numel - start)
+    return [Piece(name, start, count, group, offset)] if count > 0 else []
+
+
+def _renew_parameters_of_stage_3(optimizer: Any) -> None:
+    """The working copies from the float32 shards, and whole where small parameters are kept whole. Collective."""
+    for master, working, parts in zip(
+        optimizer.fp32_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups,
+        strict=True,
+    ):
+        working.data.copy_(master.data)
+        for part, new in zip(parts, optimizer.unflatten(working, parts), strict=True):
+            part.data = new.data
+    whole = optimizer.persistent_parameters
+    if len(whole) > 0:
+        whole[0].partition(whole)
+        whole[0].all_gather(whole)

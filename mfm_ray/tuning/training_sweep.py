@@ -18,7 +18,7 @@ from ray import tune
 
 from mfm_ray.environment import environment_defaults
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import CHECKPOINTS
+from mfm_ray.training.checkpoint_store import CHECKPOINTS
 from mfm_ray.tuning.front import HALF_WIDTH
 from mfm_ray.tuning.scheduling import Race, Scheduling
 from mfm_ray.tuning.space import Point

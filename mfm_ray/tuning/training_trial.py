@@ -29,15 +29,8 @@ from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
 from mfm_ray.training.checkpoint import CheckpointError
-from mfm_ray.training.launch import (
-    CHECKPOINTS,
-    Additions,
-    Found,
-    TrainingError,
-    TrainingResult,
-    newest_checkpoint,
-    run_training,
-)
+from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, newest_checkpoint
+from mfm_ray.training.launch import Additions, TrainingError, TrainingResult, run_training
 from mfm_ray.training.session import Measure
 from mfm_ray.tuning.training_space import set_nested
 

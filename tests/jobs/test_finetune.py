@@ -26,8 +26,8 @@ from mfm_ray.finetuning import build_method
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 from mfm_ray.storage import Storage
+from mfm_ray.training.checkpoint_store import newest_checkpoint
 from mfm_ray.training.evaluation import hacked, is_better
-from mfm_ray.training.launch import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24

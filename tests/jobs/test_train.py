@@ -18,7 +18,7 @@ import torch
 
 import mfm_ray.pretrained
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import newest_checkpoint
+from mfm_ray.training.checkpoint_store import newest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -25,7 +25,7 @@ from jobs.run_folder import RunFolder
 from mfm_ray.config import load_config
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import newest_checkpoint
+from mfm_ray.training.checkpoint_store import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -99,7 +99,7 @@ def test_a_sweep_measures_its_trials_notes_the_diverged_and_keeps_the_best_model
     done = in_process(sweeps / "pair", "sweep=pair", "concurrent_trials=2")
     rows = done.rows
     assert [row["status"] for row in rows] == ["ok", "refused"]
-    assert "step 2: loss is nan" in rows[DIVERGING]["reason"]
+    assert "step 2, worker 0: loss is nan" in rows[DIVERGING]["reason"]
     assert [report["step"] for report in done.record(GOOD)["history"]] == [10, 20, 30, 40]
     assert rows[GOOD]["posterior_score_half_width"] > 0 and rows[GOOD]["posterior_error"] > 0
     kept = done.folder / "trainings" / "00000" / "model"

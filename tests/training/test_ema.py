@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from mfm_ray.storage import Storage
 from mfm_ray.training.checkpoint import CheckpointError, check_decay, read_checkpoint_model, read_state
 from mfm_ray.training.ema import ema_decays
 from mfm_ray.training.loop import training_step
-from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Training, set_up
+from mfm_ray.training.snapshot import read_checkpoint, write_checkpoint
 from tests.training.test_sharding import assert_same, plan_of, settings, write_data
 
 DECAYS = (0.9, 0.15, 0.0)
@@ -31,7 +30,7 @@ def full(training: Training, *, decay: float | None = None) -> dict[str, torch.T
     return {name: tensor.clone() for name, tensor in tensors}
 
 
-def run_stage(stage: int, folder: Path, rank: int) -> dict[str, Any]:
+def run_stage(stage: int, folder: Path) -> dict[str, Any]:
     """Averages after each step, by the shards and by the recurrence on whole tensors; and those of a resumed run."""
     plan = plan_of(settings(stage, 2, ema_decay="[0.9,0.15,0.0]"), folder)
     training = set_up(plan)
@@ -43,7 +42,9 @@ def run_stage(stage: int, folder: Path, rank: int) -> dict[str, Any]:
             d = min(decay, (1 + step) / (10 + step))
             expected[decay] = {name: d * average[name] + (1 - d) * weights[name] for name in average}
         if step + 1 == RESUME_AT:
-            checkpoint = save(training, folder / f"stage-{stage}", rank)
+            checkpoint = Storage(folder / f"stage-{stage}")
+            write_checkpoint(training, checkpoint, done=RESUME_AT, figures={})
+            torch.distributed.barrier()
     sharded = {decay: full(training, decay=decay) for decay in DECAYS}
     resumed = set_up(plan)
     for step in range(read_checkpoint(resumed, checkpoint), STEPS):
@@ -57,25 +58,12 @@ def run_stage(stage: int, folder: Path, rank: int) -> dict[str, Any]:
     }
 
 
-def save(training: Training, folder: Path, rank: int) -> Path:
-    """A checkpoint of all ranks in one folder, as Ray Train would merge it."""
-    mine, merged = folder / f"rank-{rank}", folder / "merged"
-    mine.mkdir(parents=True)
-    write_checkpoint(training, mine, done=RESUME_AT, figures={})
-    for writer in range(2):
-        torch.distributed.barrier()
-        if writer == rank:
-            shutil.copytree(mine, merged, dirs_exist_ok=True)
-    torch.distributed.barrier()
-    return merged
-
-
 def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in address.items()})
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {stage: run_stage(stage, Path(folder), rank) for stage in STAGES}
+    results = {stage: run_stage(stage, Path(folder)) for stage in STAGES}
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     torch.distributed.destroy_process_group()
@@ -116,7 +104,7 @@ def test_every_average_goes_on_from_a_checkpoint_bit_for_bit(results: dict[int, 
 
 @pytest.mark.ray
 def test_a_checkpoint_holds_a_model_of_every_average(folder: Path, results: dict[int, Any]) -> None:
-    place = folder / "stage-2" / "merged"
+    place = folder / "stage-2"
     models = {decay: read_checkpoint_model(place, ema_decay=decay).state_dict for decay in DECAYS}
     assert_same(read_checkpoint_model(place).state_dict, models[DECAYS[0]])
     assert not torch.equal(models[0.9]["network.lift.weight"], models[0.15]["network.lift.weight"])

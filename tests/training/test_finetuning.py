@@ -7,7 +7,6 @@ Two groups of processes (one and two workers, gloo) run every case; Ray is not n
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,8 @@ from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.finetuning import NORMALISER_ROWS, Finetuning, copy_of
 from mfm_ray.training.loop import training_step
-from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.snapshot import read_checkpoint, write_checkpoint
 from mfm_ray.training.target_feed import TargetsError
 from mfm_ray.training.zero import LearningRate
 
@@ -177,7 +176,7 @@ def full(training: Training, source: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in source.full_tensors(training.flow_map)}
 
 
-def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
+def run_case(name: str, folder: Path) -> dict[str, Any]:
     """Train to the end in one go; and again with a checkpoint, a new engine and the rest."""
     plan = plan_of(CASES[name], folder)
     training = set_up(plan)
@@ -190,25 +189,18 @@ def run_case(name: str, folder: Path, rank: int) -> dict[str, Any]:
         "chains": training.feed.state(),
     }
     if name in RESUMED:
-        result |= run_interrupted(plan, folder / f"checkpoint-{name}", rank)
+        result |= run_interrupted(plan, folder / f"checkpoint-{name}")
     return result
 
 
-def run_interrupted(plan: Plan, folder: Path, rank: int) -> dict[str, Any]:
+def run_interrupted(plan: Plan, folder: Path) -> dict[str, Any]:
     first = set_up(plan)
     steps(first, 0, RESUME_AT)
-    mine = folder / f"rank-{rank}"
-    mine.mkdir(parents=True)
-    write_checkpoint(first, mine, done=RESUME_AT, figures={"loss": 1.0})
+    write_checkpoint(first, Storage(folder), done=RESUME_AT, figures={"loss": 1.0})
     first.feed.close()
-    merged = folder / "merged"
-    for writer in range(torch.distributed.get_world_size()):
-        torch.distributed.barrier()
-        if writer == rank:
-            shutil.copytree(mine, merged, dirs_exist_ok=True)
     torch.distributed.barrier()
     second = set_up(plan)
-    done = read_checkpoint(second, merged)
+    done = read_checkpoint(second, Storage(folder))
     history = steps(second, done, STEPS)
     second.feed.close()
     return {
@@ -236,9 +228,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in address.items()})
     store = f"file://{folder}/store-{world_size}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    results = {
-        name: run_case(name, Path(folder), rank) for name, case in CASES.items() if case.world_size == world_size
-    }
+    results = {name: run_case(name, Path(folder)) for name, case in CASES.items() if case.world_size == world_size}
     if world_size == 2:
         results["broken"] = run_broken(Path(folder))
     torch.save(results, Path(folder) / f"{world_size}-rank-{rank}.pt")

@@ -9,7 +9,8 @@ from ray.train import WorkerGroupError
 from mfm_ray.config import TrainConfig, load_config
 from mfm_ray.errors import InputError
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import check_config, is_complete, newest_checkpoint, root_cause, wait_for_resources
+from mfm_ray.training.checkpoint_store import newest_checkpoint
+from mfm_ray.training.launch import check_config, is_complete, root_cause, wait_for_resources
 from mfm_ray.training.progress import ProgressState
 from tests.training.test_checkpoint import STATE
 
@@ -26,7 +27,9 @@ def config_of(*words: str) -> TrainConfig:
         (["scaling.num_workers=3"], "global_batch_size=256 does not divide by scaling.num_workers=3"),
         (["micro_batch_size=100"], "micro_batch_size=100"),
         (["zero.stage=0", "zero.offload=true"], "zero.offload=true needs"),
-        (["scaling.num_workers=[1,2]"], "elastic"),
+        (["scaling.num_workers=[2,1]"], r"scaling.num_workers=\[2, 1\]: expected one number, or \[least, most\]"),
+        (["scaling.num_workers=[1,2,3]"], "least, most"),
+        (["scaling.num_workers=[1,3]", "micro_batch_size=1"], "micro_batch_size=1: with 3 workers"),
         (["+objective.weight=3"], "objective.*weight"),
         (["data.name=flowers"], "data.name=flowers is not bundled"),
     ],

@@ -33,7 +33,7 @@ def test_divergence_names_the_first_step_and_term(value: str) -> None:
     window = StepWindow(["loss", "squared_error.semigroup"])
     for step in range(7, 10):
         window.add(step, torch.tensor([1.0, float(value) if step >= 8 else 1.0]))
-    with pytest.raises(TrainingDiverged, match=f"step 8: squared_error.semigroup is {value}"):
+    with pytest.raises(TrainingDiverged, match=f"step 8, worker 0: squared_error.semigroup is {value}"):
         window.flush()
 
 

@@ -7,9 +7,11 @@ compare what they left with each other and with plain PyTorch in one process.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,22 @@ from mfm_ray.networks import build_network
 from mfm_ray.objectives import build_objective
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
-from mfm_ray.training.checkpoint import CheckpointError, read_checkpoint_model, read_state, verify_rank
+from mfm_ray.training.checkpoint import (
+    CheckpointError,
+    PieceReader,
+    ema_kind,
+    ema_name,
+    read_checkpoint_model,
+    read_state,
+    training_name,
+    verify_rank,
+)
 from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.loop import training_step
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.pretraining import build_flow_map
-from mfm_ray.training.recorder import read_checkpoint, write_checkpoint
 from mfm_ray.training.session import Plan, Training, set_up
+from mfm_ray.training.snapshot import read_checkpoint, write_checkpoint
 from mfm_ray.training.zero import LearningRate, split_batch
 
 # no Ray here, but two groups of training processes: not what `make test-fast` is for
@@ -103,25 +114,18 @@ def run_case(stage: int, world_size: int, accumulation: int, folder: Path, rank:
         ),
     }
     if accumulation == 1:
-        result |= run_interrupted(plan, folder / f"stage-{stage}-of-{world_size}", rank)
+        result |= run_interrupted(plan, folder / f"stage-{stage}-of-{world_size}")
     return result
 
 
-def run_interrupted(plan: Plan, folder: Path, rank: int) -> dict[str, Any]:
+def run_interrupted(plan: Plan, folder: Path) -> dict[str, Any]:
     first = set_up(plan)
     steps(first, 0, RESUME_AT)
-    mine = folder / f"rank-{rank}"
-    mine.mkdir(parents=True)
-    write_checkpoint(first, mine, done=RESUME_AT, figures={"loss": 1.0})
+    write_checkpoint(first, Storage(folder), done=RESUME_AT, figures={"loss": 1.0})
     ema_at_checkpoint = full(first, first.ema)
-    merged = folder / "merged"
-    for writer in range(torch.distributed.get_world_size()):
-        torch.distributed.barrier()
-        if writer == rank:
-            shutil.copytree(mine, merged, dirs_exist_ok=True)
     torch.distributed.barrier()
     second = set_up(plan)
-    done = read_checkpoint(second, merged)
+    done = read_checkpoint(second, Storage(folder))
     history = steps(second, done, STEPS)
     return {
         "resumed_at": done,
@@ -132,13 +136,76 @@ def run_interrupted(plan: Plan, folder: Path, rank: int) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, world_size: int, folder: str) -> None:
+@dataclass(frozen=True)
+class Move:
+    """From a checkpoint of one layout to a run of another."""
+
+    stage: int
+    world_size: int
+    to_stage: int
+    to_world_size: int
+
+    def __str__(self) -> str:
+        return f"stage-{self.stage}-of-{self.world_size}-to-stage-{self.to_stage}-of-{self.to_world_size}"
+
+
+MOVES = [Move(2, 2, 3, 1), Move(1, 2, 0, 1), Move(3, 2, 2, 1), Move(0, 1, 2, 2), Move(3, 1, 0, 2), Move(2, 1, 3, 2)]
+EVERY_MOVE = [
+    move
+    for stage, to_stage in itertools.product(STAGES, STAGES)
+    for world_size, to_world_size in itertools.product(WORLD_SIZES, (1, 2, 3))
+    if (stage, world_size) != (to_stage, to_world_size)
+    and (move := Move(stage, world_size, to_stage, to_world_size)) not in MOVES
+]
+
+
+def run_move(move: Move, folder: Path) -> dict[str, Any]:
+    """Go on from a checkpoint of another layout, and put down at its end what yet another group goes on from."""
+    changes = {} if move.to_world_size != 3 else {"scaling.num_workers": "[1,3]", "micro_batch_size": 3}
+    config = settings(move.to_stage, move.to_world_size, **changes)
+    training = set_up(plan_of(config, folder))
+    done = read_checkpoint(training, Storage(folder / f"stage-{move.stage}-of-{move.world_size}"))
+    write_checkpoint(training, Storage(folder / f"again-{move}"), done=done, figures={})
+    return {
+        "resumed_at": done,
+        "ema_at_checkpoint": full(training, training.ema),
+        "history": steps(training, done, STEPS),
+        "weights": full(training, training.engine),
+        "ema": full(training, training.ema),
+    }
+
+
+def join_group(rank: int, world_size: int, folder: str, name: str) -> None:
     warnings.simplefilter("ignore")
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in address.items()})
     # a file, because a free port found here may be taken before the group listens on it
-    store = f"file://{folder}/store-{world_size}"
+    store = f"file://{folder}/store-{name}-{world_size}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+
+
+def mover(rank: int, world_size: int, folder: str, moves: list[Move]) -> None:
+    join_group(rank, world_size, folder, f"moves-{len(moves)}")
+    for move in moves:
+        result = run_move(move, Path(folder))
+        if rank == 0:
+            torch.save(result, Path(folder) / f"{move}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def make_moves(folder: Path, moves: list[Move]) -> None:
+    groups = [
+        torch.multiprocessing.spawn(mover, (size, str(folder), mine), nprocs=size, join=False)
+        for size in (1, 2, 3)
+        if (mine := [move for move in moves if move.to_world_size == size])
+    ]
+    for group in groups:
+        while not group.join():
+            pass
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    join_group(rank, world_size, folder, "cases")
     for stage, _, accumulation in (case for case in CASES if case[1] == world_size):
         result = run_case(stage, world_size, accumulation, Path(folder), rank)
         torch.save(result, Path(folder) / f"{stage}-{world_size}-{accumulation}-rank-{rank}.pt")
@@ -239,12 +306,69 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, sta
     assert_same(result["resumed_ema"], result["ema"])
 
 
+@pytest.fixture(scope="module")
+def moved(folder: Path) -> Path:
+    make_moves(folder, MOVES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moved_everywhere(folder: Path) -> Path:
+    make_moves(folder, EVERY_MOVE)
+    return folder
+
+
+def check_move(folder: Path, move: Move) -> None:
+    """What was read is what was written, bit for bit; what follows is the undisturbed run's, to rounding."""
+    result = torch.load(folder / f"{move}.pt", weights_only=True)
+    undisturbed = result_of(folder, move.stage, move.world_size)
+    assert result["resumed_at"] == RESUME_AT
+    assert_same(result["ema_at_checkpoint"], undisturbed["ema_at_checkpoint"])
+    written, again = (
+        tensors_of(folder / name) for name in (f"stage-{move.stage}-of-{move.world_size}", f"again-{move}")
+    )
+    assert {name.partition("/")[0] for name in written} == {"weights", "exp_avg", "exp_avg_sq", "ema_0.9"}
+    assert_same(again, written)
+    actual, expected = (
+        torch.tensor([list(step.values()) for step in history])
+        for history in (result["history"], undisturbed["history"][RESUME_AT:])
+    )
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+    assert_close(result["weights"], undisturbed["weights"])
+    assert_close(result["ema"], undisturbed["ema"])
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every kind of state of every parameter, flat and whole, and the optimiser's counters."""
+    state = read_state(Storage(checkpoint))
+    assert state.optimizer == {"step": RESUME_AT}
+    assert state.ema_updates == RESUME_AT
+    files = [name(rank) for rank in range(state.world_size) for name in (training_name, ema_name)]
+    with PieceReader(Storage(checkpoint), files) as reader:
+        kinds = ("weights", "exp_avg", "exp_avg_sq", ema_kind(0.9))
+        return {
+            f"{kind}/{name}": reader.read(kind, name, 0, math.prod(shape))
+            for kind, (name, shape) in itertools.product(kinds, state.shapes.items())
+        }
+
+
+@pytest.mark.parametrize("move", MOVES, ids=str)
+def test_a_run_goes_on_with_another_stage_and_another_number_of_workers(moved: Path, move: Move) -> None:
+    check_move(moved, move)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", EVERY_MOVE, ids=str)
+def test_a_run_goes_on_from_every_layout_with_every_other(moved_everywhere: Path, move: Move) -> None:
+    check_move(moved_everywhere, move)
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_averaged_model_of_any_checkpoint_reads_without_its_workers(
     folder: Path, stage: int, world_size: int
 ) -> None:
-    found = read_checkpoint_model(folder / f"stage-{stage}-of-{world_size}" / "merged")
+    found = read_checkpoint_model(folder / f"stage-{stage}-of-{world_size}")
     assert (found.state.step, found.state.stage, found.state.world_size) == (RESUME_AT, stage, world_size)
     assert_same(found.state_dict, result_of(folder, stage, world_size)["ema_at_checkpoint"])
     manifest = read_manifest(folder / "data")
@@ -253,11 +377,11 @@ def test_the_averaged_model_of_any_checkpoint_reads_without_its_workers(
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
-@pytest.mark.parametrize("pattern", ["deepspeed/*optim_states.pt", "ema-rank-1.safetensors"])
+@pytest.mark.parametrize("pattern", ["training-rank-1.safetensors", "ema-rank-1.safetensors"])
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(
     folder: Path, tmp_path: Path, damage: str, pattern: str
 ) -> None:
-    place = shutil.copytree(folder / "stage-2-of-2" / "merged", tmp_path / "checkpoint")
+    place = shutil.copytree(folder / "stage-2-of-2", tmp_path / "checkpoint")
     file = sorted(place.glob(pattern))[-1]
     content = bytearray(file.read_bytes())
     if damage == "altered":
@@ -269,7 +393,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(
     else:
         file.unlink()
     with pytest.raises(CheckpointError, match=file.name):
-        verify_rank(place, 1)
+        verify_rank(Storage(place), 1)
     if damage != "altered":
         with pytest.raises(CheckpointError, match=file.name):
             read_state(Storage(place))

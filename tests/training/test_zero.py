@@ -10,7 +10,36 @@ from mfm_ray.training.zero import LearningRate, build_optimizer, split_batch, ze
 
 def test_the_parts_of_all_workers_and_micro_steps_are_the_global_batch_in_order() -> None:
     split = split_batch(24, num_workers=3, micro_batch_size=4)
-    assert (split.micro_batch_size, split.accumulation, split.per_worker) == (4, 2, 8)
+    assert (split.micro_batch_size, split.accumulation, split.sizes(1)) == (4, 2, [4, 4])
+    assert [split.rows_of(rank) for rank in range(3)] == [range(8), range(8, 16), range(16, 24)]
+    assert split.weights(2) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("rows", "workers", "micro"), [(16, 3, None), (16, 3, 2), (23, 5, 3), (7, 7, None)])
+def test_uneven_shares_differ_by_a_row_and_their_weighted_means_are_the_mean_of_all_rows(
+    rows: int, workers: int, micro: int | None
+) -> None:
+    split = split_batch(rows, num_workers=workers, micro_batch_size=micro, even=False)
+    values = torch.randn(rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total, seen = 0.0, []
+    for rank in range(workers):
+        sizes = split.sizes(rank)
+        assert sum(sizes) == len(split.rows_of(rank))
+        assert len(sizes) == split.accumulation
+        assert 0 < min(sizes) <= max(sizes) <= (micro or rows)
+        parts = values[split.rows_of(rank).start : split.rows_of(rank).stop].split(sizes)
+        means = [weight * float(part.mean()) for weight, part in zip(split.weights(rank), parts, strict=True)]
+        total += sum(means) / len(means)
+        seen += split.rows_of(rank)
+    assert seen == list(range(rows))
+    assert math.isclose(total / workers, float(values.mean()), rel_tol=1e-12)
+
+
+def test_a_micro_step_without_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"micro_batch_size=1: with 3 workers, global_batch_size=8 .* larger"):
+        split_batch(8, num_workers=3, micro_batch_size=1, even=False)
+    with pytest.raises(ValueError, match="global_batch_size=2"):
+        split_batch(2, num_workers=3, micro_batch_size=None, even=False)
 
 
 @pytest.mark.parametrize(

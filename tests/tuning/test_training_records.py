@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mfm_ray.storage import Storage
-from mfm_ray.training.launch import CHECKPOINTS
+from mfm_ray.training.checkpoint_store import CHECKPOINTS
 from mfm_ray.tuning.scheduling import Race, build_scheduling
 from mfm_ray.tuning.training_sweep import TrainingBook, TrainingPlan, kept_trials, known_records
 from mfm_ray.tuning.training_trial import (
