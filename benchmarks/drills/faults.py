@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,8 @@ class Drill:
     def run(self, name: str, *words: str, storage: Path | None = None, append: bool = False) -> Iterator[Run]:
         where = storage or self.storage
         log = self.storage / f"{name}.log"
+        if not append:
+            shutil.rmtree(where / name, ignore_errors=True)  # of a drill that was cut short
         scratch = self.storage / "tmp"
         scratch.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp", **self.env}
@@ -153,16 +155,18 @@ class Drill:
         finally:
             run.end()
 
-    def undisturbed(self) -> Path:
-        """The run without a fault, made once."""
-        folder = self.storage / "undisturbed"
+    def undisturbed(self, steps: int = STEPS) -> Path:
+        """The run of so many steps without a fault, made once."""
+        folder = self.storage / f"undisturbed-{steps}"
         if not (folder / "model").exists():
-            with self.run("undisturbed") as run:
+            with replace(self, env={}, words=()).run(folder.name, f"max_steps={steps}") as run:
                 run.finish()
         return folder
 
-    def outcome(self, fault: str, run: Run, *, at: float, step: int, seconds: float | None = None) -> Outcome:
-        """What became of a fault at a time (UNIX) and a step, once the run has ended well."""
+    def outcome(
+        self, fault: str, run: Run, *, at: float, step: int, seconds: float | None = None, steps: int = STEPS
+    ) -> Outcome:
+        """What became of a fault at a time (UNIX) and a step, once the run of `steps` steps has ended well."""
         restarts = [event for event in run.attempts if event["event"] == "step" and event["first_step_at"] > at]
         reached = [event["step"] for event in run.attempts if event["event"] in ("failure", "hang") and "step" in event]
         started = restarts[0]["start"] if restarts else None
@@ -170,7 +174,7 @@ class Drill:
             fault=fault,
             lost_steps=0 if started is None else max([step, *reached]) - started,
             seconds=restarts[0]["first_step_at"] - at if seconds is None else seconds,
-            same=same_weights(self.undisturbed(), run.folder),
+            same=same_weights(self.undisturbed(steps), run.folder),
             attempts=len(run.starts),
             said=run.said("training worker"),
         )
@@ -182,12 +186,6 @@ def same_weights(one: Path, other: Path) -> bool:
     return weights[0].keys() == weights[1].keys() and all(
         torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items()
     )
-
-
-def history(run: Path) -> list[tuple[int, float]]:
-    """Steps and losses of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def rank_killed(drill: Drill) -> Outcome:
@@ -291,9 +289,7 @@ def disk_full(drill: Drill) -> Outcome:
         run.wait(lambda: run.said("trying again"), "refusal")
         time.sleep(3.0)
         ballast.unlink()
-        outcome = _waited_for(drill, run, "disk full at a checkpoint, then room again", at, step)
-        shutil.copytree(run.folder / "model", drill.storage / "disk-full-model", dirs_exist_ok=True)
-        return outcome
+        return _waited_for(drill, run, "disk full at a checkpoint, then room again", at, step)
 
 
 def _waited_for(drill: Drill, run: Run, fault: str, at: float, step: int) -> Outcome:
@@ -322,6 +318,10 @@ def small_disk(place: Path, *, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+_FAST_NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+"""Ray looks for drained nodes every five seconds, in which these small runs make hundreds of steps."""
+
+
 @contextlib.contextmanager
 def cluster_of_nodes(drill: Drill) -> Iterator[tuple[Drill, Any, list[Any]]]:
     """A head and three nodes with room for one worker each, on this machine; the drill for runs on it."""
@@ -333,7 +333,7 @@ def cluster_of_nodes(drill: Drill) -> Iterator[tuple[Drill, Any, list[Any]]]:
         nodes = [
             cluster.add_node(num_cpus=2, resources={"trainer": 1}, object_store_memory=80 * 2**20) for _ in range(3)
         ]
-        env = {**drill.env, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        env = {**drill.env, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled", **_FAST_NOTICE}
         words = (*drill.words, "+scaling.resources_per_worker.trainer=1")
         yield Drill(drill.storage, env, words), cluster, nodes
     finally:
@@ -351,9 +351,9 @@ def node_killed(drill: Drill) -> Outcome:
         return there.outcome("a node, all its processes killed", run, at=at, step=step)
 
 
-def node_drained(drill: Drill, *, seconds: int = 30) -> Outcome:
+def node_drained(drill: Drill, *, seconds: int = 12, steps: int = 2000) -> Outcome:
     """Ray's notice that a node will be taken away in `seconds`, as a cloud gives it for a spot instance."""
-    with cluster_of_nodes(drill) as (there, cluster, nodes), there.run("node-drained", "max_steps=1200") as run:
+    with cluster_of_nodes(drill) as (there, cluster, nodes), there.run("node-drained", f"max_steps={steps}") as run:
         run.reach(FAULT_STEP)
         node = _node_of(nodes, run.worker(1))
         at, step = time.time(), run.step
@@ -363,7 +363,7 @@ def node_drained(drill: Drill, *, seconds: int = 30) -> Outcome:
         env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         subprocess.run([*command, *why, "--deadline-remaining-seconds", str(seconds)], check=True, env=env)
         run.finish()
-        return there.outcome(f"notice: a node is drained, {seconds} s left", run, at=at, step=step)
+        return there.outcome(f"notice: a node is drained, {seconds} s left", run, at=at, step=step, steps=steps)
 
 
 def _node_of(nodes: list[Any], worker: int) -> Any:
