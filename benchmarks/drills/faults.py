@@ -310,7 +310,7 @@ def may_mount() -> bool:
 @contextlib.contextmanager
 def small_disk(place: Path, *, megabytes: int) -> Iterator[None]:
     """A file system of its own at `place`."""
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "mfm-ray-drill", str(place)], check=True)
     try:
         yield
