@@ -79,7 +79,8 @@ class Run:
     def step(self) -> int:
         """The last step in the history, -1 without one."""
         with contextlib.suppress(OSError):
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            text = (self.folder / "metrics.jsonl").read_text()
+            lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half there
             return int(json.loads(lines[-1])["step"]) if lines else -1
         return -1
 
@@ -143,7 +144,7 @@ class Drill:
             shutil.rmtree(where / name, ignore_errors=True)  # of a drill that was cut short
         scratch = self.storage / "tmp"
         scratch.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp", **self.env}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "RAY_ADDRESS": "local", **self.env}
         command = [sys.executable, "-m", "jobs.train", f"storage={where}", f"name={name}", *RECIPE, *self.words, *words]
         with log.open("ab" if append else "wb") as file:
             process = subprocess.Popen(

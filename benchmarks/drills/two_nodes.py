@@ -160,7 +160,8 @@ class Site:
 
     def step(self, name: str) -> int:
         with contextlib.suppress(OSError):
-            lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+            text = (self.folder / name / "metrics.jsonl").read_text()
+            lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half there
             return int(json.loads(lines[-1])["step"]) if lines else -1
         return -1
 

@@ -32,7 +32,7 @@ class Background:
         self.check()
 
     def settle(self) -> None:
-        """The same, while another error is on its way, which is the one to report."""
+        """The same without raising: another error may be on its way, which is the one to report."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -267,8 +267,8 @@ def fit(
             train_worker,  # type: ignore[arg-type]
             train_loop_config={"plan": watched if progress is None else replace(watched, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=workers[0] if len(workers) == 1 else (workers[0], workers[-1]),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees that of Ray Train's first version
+                num_workers=workers[0] if len(workers) == 1 else (workers[0], workers[-1]),  # type: ignore[arg-type]
                 use_gpu=plan.cuda,
                 resources_per_worker=each,
                 elastic_resize_monitor_interval_s=config.scaling.resize_interval_s,

@@ -107,10 +107,14 @@ def restore(training: Training) -> int:
     damage: CheckpointError | None = None
     while (folder := _told_by_first(training, found)) is not None:
         try:
-            return read_checkpoint(training, folder)
+            done = read_checkpoint(training, folder)
         except CheckpointError as error:
             damage = damage or error
             training.say(passed_over(error))
+        else:
+            if damage is not None:
+                training.say(f"going on from step {done}")
+            return done
     if damage is not None:
         raise damage
     return 0 if training.plan.start_from is None else read_checkpoint(training, training.plan.start_from)

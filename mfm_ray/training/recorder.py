@@ -27,6 +27,8 @@ from mfm_ray.training.trackers import open_trackers
 class Recorder:
     """What leaves the worker: metrics, progress, sample grids, checkpoints. Its methods are collective.
 
+    written: step of the newest checkpoint of which this worker's part is complete.
+
     A context: leaving it closes the log and the trackers, which learn whether the run failed.
     """
 
@@ -48,6 +50,7 @@ class Recorder:
             order=config.checkpoint_score_order,
         )
         self._number = self._first_number()
+        self.written = start
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
@@ -179,6 +182,7 @@ class Recorder:
         target = training.plan.run.child(CHECKPOINTS, folder_name(number, done))
         training.patience.insist(f"the checkpoint of step {done}", lambda: self._write(snapshot, target, number))
         training.heartbeat.checkpoint = done
+        self.written = done
 
     def _write(self, snapshot: Snapshot, target: Storage, number: int) -> None:
         if self._log is not None:
@@ -195,8 +199,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # a checkpoint that is under way is good whatever ended the run after it
-        self._background.wait() if kind is None else self._background.settle()
+        self._background.settle()  # a checkpoint that is under way is good whatever ended the run after it
         if self._log is not None:
             self._close_log(self._log, failed=kind is not None)
         for tracker in self._trackers:

@@ -21,8 +21,10 @@ from mfm_ray.training.checkpoint import (
     check_compatible,
     ema_kind,
     ema_name,
+    feed_name,
     manifest_name,
     read_checkpoint_model,
+    read_feed,
     read_state,
     verify_rank,
     write_files,
@@ -189,3 +191,19 @@ def test_a_checkpoint_is_written_verified_and_read_on_any_file_system(tmp_path: 
     place.delete(manifest_name(0))  # written last: without it nothing is there
     with pytest.raises(UnfinishedError, match=manifest_name(0)):
         read_state(place)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_what_feeds_carry_is_shared_out_anew_by_rows_of_the_global_batch(tmp_path: Path, workers: int) -> None:
+    whole = {"x1": torch.arange(40.0).reshape(2, 10, 2), "begun": torch.tensor([[True, False] * 5] * 2)}
+    state = replace(STATE, world_size=workers, config={"global_batch_size": 10})
+    for rank in range(workers):
+        rows = slice(10 * rank // workers, 10 * (rank + 1) // workers)
+        mine = {name: tensor[:, rows].contiguous() for name, tensor in whole.items()}
+        write_files(Storage(tmp_path), {feed_name(rank): mine}, rank=rank, state=state)
+    for rows in (range(10), range(3, 7), range(9, 10)):
+        found = read_feed(Storage(tmp_path), state, rows, 10)
+        assert sorted(found) == sorted(whole)
+        assert all(torch.equal(found[name], tensor[:, rows.start : rows.stop]) for name, tensor in whole.items())
+    with pytest.raises(CheckpointError, match="global_batch_size=12: .* resume with global_batch_size=10"):
+        read_feed(Storage(tmp_path), state, range(12), 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -36,13 +37,11 @@ def test_a_run_shrinks_and_grows_with_the_cluster_and_its_curve_is_that_of_one_w
     run(tmp_path, "tests.training.elastic_drill", str(tmp_path), timeout=500)
     told = json.loads((tmp_path / "told.json").read_text())
     sizes = [workers for _, workers in told["sizes"]]
-    changes = [now for before, now in zip([0, *sizes], sizes, strict=False) if now != before]
+    changes = [now for before, now in itertools.pairwise([0, *sizes]) if now != before]
     assert changes == [2, 1, 2]
     steps = [step for step, _ in told["sizes"]]
     last = max(steps)
-    assert [after - before <= EVERY for before, after in zip(steps, steps[1:], strict=False)] == [True] * (
-        len(steps) - 1
-    )
+    assert all(after - before <= EVERY for before, after in itertools.pairwise(steps))
     alone = [
         *WORDS,
         f"max_steps={last}",

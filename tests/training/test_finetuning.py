@@ -199,6 +199,10 @@ def run_interrupted(plan: Plan, folder: Path) -> dict[str, Any]:
     write_checkpoint(first, Storage(folder), done=RESUME_AT, figures={"loss": 1.0})
     first.feed.close()
     torch.distributed.barrier()
+    return go_on(plan, folder)
+
+
+def go_on(plan: Plan, folder: Path) -> dict[str, Any]:
     second = set_up(plan)
     done = read_checkpoint(second, Storage(folder))
     history = steps(second, done, STEPS)
@@ -231,6 +235,8 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     results = {name: run_case(name, Path(folder)) for name, case in CASES.items() if case.world_size == world_size}
     if world_size == 2:
         results["broken"] = run_broken(Path(folder))
+    else:
+        results["moved"] = go_on(plan_of(CASES["one"], Path(folder)), Path(folder) / "checkpoint-two")
     torch.save(results, Path(folder) / f"{world_size}-rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -239,7 +245,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("finetuning")
     write_inputs(place)
-    for size in (1, 2):
+    for size in (2, 1):  # one worker goes on from a checkpoint of two
         torch.multiprocessing.spawn(worker, (size, str(place)), nprocs=size)
     return place
 
@@ -320,6 +326,17 @@ def test_the_chains_are_the_same_to_the_bit_whoever_holds_them(
     )
     for part, whole in expected.items():
         assert torch.equal(held[part].nan_to_num(), whole.nan_to_num()), part
+
+
+def test_one_worker_goes_on_with_the_chains_of_two(results: dict[str, list[dict[str, Any]]]) -> None:
+    (moved,), (whole,) = results["moved"], results["one"]
+    actual, expected = (
+        torch.tensor([list(step.values()) for step in history])
+        for history in (moved["resumed_history"], whole["history"][RESUME_AT:])
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for key, tensor in whole["chains"].items():
+        torch.testing.assert_close(moved["resumed_chains"][key], tensor, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", RESUMED)
