@@ -16,8 +16,8 @@ stage, `precision=bf16` is autocast. N parameters, n GPUs, A micro-steps a step.
                             stage 3: 4 N (n - 1) / n x A (G + 1)          G gathers of weights, scatter of gradients
 
 DeepSpeed reduces buckets that belong to several ranks by all-reduce, so stages 1 and 2 send more than in ZeRO's paper
-(Rajbhandari et al., arXiv 1910.02054), and weights are float32 here. G is 1 as long as all weights fit into what stage 3
-keeps gathered, else one for each call and each backward pass.
+(Rajbhandari et al., arXiv 1910.02054), and weights are float32 here. G is 1 as long as all weights fit into what stage
+3 keeps gathered, else one for each call and each backward pass.
 """
 
 from __future__ import annotations
