@@ -92,7 +92,7 @@ class Run:
         """Lines of the driver's log that hold all the words."""
         return [line for line in self.log.read_text().splitlines() if all(word in line for word in words)]
 
-    def wait(self, condition: Callable[[], Any], what: str) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, *, pause_s: float = 0.02) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if self.process.poll() is not None:
@@ -101,7 +101,7 @@ class Run:
                 )
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {what} in {PATIENCE_S:g} s:\n{self.log.read_text()}")
-            time.sleep(0.02)
+            time.sleep(pause_s)
 
     def reach(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
@@ -222,17 +222,19 @@ def rank_killed_while_writing(drill: Drill) -> Outcome:
     with drill.run("rank-killed-writing") as run:
         run.reach(FAULT_STEP)
         worker, folders = run.worker(1), run.folder / "checkpoints"
-        run.wait(lambda: any(_is_begun(folder) for folder in folders.glob(f"*{2 * CHECKPOINT_EVERY}")), "writing")
+        run.wait(lambda: _is_begun(folders), "writing", pause_s=0.0002)  # it takes a few milliseconds
         at, step = time.time(), run.step
         os.kill(worker, signal.SIGKILL)
         run.finish()
         return drill.outcome("a rank, kill -9 while it writes a checkpoint", run, at=at, step=step)
 
 
-def _is_begun(folder: Path) -> bool:
-    """Whether anything is in a checkpoint's folder, but not yet the manifest of the second worker."""
-    names = {path.name for path in folder.iterdir()}
-    return bool(names) and "manifest-rank-1.json" not in names
+def _is_begun(folders: Path) -> bool:
+    """Whether the newest checkpoint holds anything, but not yet the manifest of the second worker."""
+    with contextlib.suppress(OSError):  # one that is being removed
+        names = {path.name for path in max(folders.glob("*-step-*")).iterdir()}
+        return bool(names) and "manifest-rank-1.json" not in names
+    return False
 
 
 def driver_killed(drill: Drill) -> Outcome:
