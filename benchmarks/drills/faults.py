@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ class Run:
     def step(self) -> int:
         """The last step in the history, -1 without one."""
         with contextlib.suppress(OSError):
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+            text = (self.folder / "metrics.jsonl").read_text()
+            lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half there
             return int(json.loads(lines[-1])["step"]) if lines else -1
         return -1
 
@@ -91,7 +92,7 @@ class Run:
         """Lines of the driver's log that hold all the words."""
         return [line for line in self.log.read_text().splitlines() if all(word in line for word in words)]
 
-    def wait(self, condition: Callable[[], Any], what: str) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, *, pause_s: float = 0.02) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             if self.process.poll() is not None:
@@ -100,7 +101,7 @@ class Run:
                 )
             if time.monotonic() > deadline:
                 raise AssertionError(f"no {what} in {PATIENCE_S:g} s:\n{self.log.read_text()}")
-            time.sleep(0.02)
+            time.sleep(pause_s)
 
     def reach(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
@@ -139,9 +140,11 @@ class Drill:
     def run(self, name: str, *words: str, storage: Path | None = None, append: bool = False) -> Iterator[Run]:
         where = storage or self.storage
         log = self.storage / f"{name}.log"
+        if not append:
+            shutil.rmtree(where / name, ignore_errors=True)  # of a drill that was cut short
         scratch = self.storage / "tmp"
         scratch.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp", **self.env}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "RAY_ADDRESS": "local", **self.env}
         command = [sys.executable, "-m", "jobs.train", f"storage={where}", f"name={name}", *RECIPE, *self.words, *words]
         with log.open("ab" if append else "wb") as file:
             process = subprocess.Popen(
@@ -153,16 +156,18 @@ class Drill:
         finally:
             run.end()
 
-    def undisturbed(self) -> Path:
-        """The run without a fault, made once."""
-        folder = self.storage / "undisturbed"
+    def undisturbed(self, steps: int = STEPS) -> Path:
+        """The run of so many steps without a fault, made once."""
+        folder = self.storage / f"undisturbed-{steps}"
         if not (folder / "model").exists():
-            with self.run("undisturbed") as run:
+            with replace(self, env={}, words=()).run(folder.name, f"max_steps={steps}") as run:
                 run.finish()
         return folder
 
-    def outcome(self, fault: str, run: Run, *, at: float, step: int, seconds: float | None = None) -> Outcome:
-        """What became of a fault at a time (UNIX) and a step, once the run has ended well."""
+    def outcome(
+        self, fault: str, run: Run, *, at: float, step: int, seconds: float | None = None, steps: int = STEPS
+    ) -> Outcome:
+        """What became of a fault at a time (UNIX) and a step, once the run of `steps` steps has ended well."""
         restarts = [event for event in run.attempts if event["event"] == "step" and event["first_step_at"] > at]
         reached = [event["step"] for event in run.attempts if event["event"] in ("failure", "hang") and "step" in event]
         started = restarts[0]["start"] if restarts else None
@@ -170,7 +175,7 @@ class Drill:
             fault=fault,
             lost_steps=0 if started is None else max([step, *reached]) - started,
             seconds=restarts[0]["first_step_at"] - at if seconds is None else seconds,
-            same=same_weights(self.undisturbed(), run.folder),
+            same=same_weights(self.undisturbed(steps), run.folder),
             attempts=len(run.starts),
             said=run.said("training worker"),
         )
@@ -182,12 +187,6 @@ def same_weights(one: Path, other: Path) -> bool:
     return weights[0].keys() == weights[1].keys() and all(
         torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items()
     )
-
-
-def history(run: Path) -> list[tuple[int, float]]:
-    """Steps and losses of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def rank_killed(drill: Drill) -> Outcome:
@@ -222,20 +221,19 @@ def rank_killed_while_writing(drill: Drill) -> Outcome:
     """SIGKILL to a worker while its files of the second checkpoint are being written."""
     with drill.run("rank-killed-writing") as run:
         run.reach(FAULT_STEP)
-        worker, scratch = run.worker(1), drill.storage / "tmp"
-        before = set(scratch.glob("mfm-ray-checkpoint-*"))
-        run.wait(
-            lambda: any(_holds_files(new) for new in set(scratch.glob("mfm-ray-checkpoint-*")) - before), "writing"
-        )
+        worker, folders = run.worker(1), run.folder / "checkpoints"
+        run.wait(lambda: _is_begun(folders), "writing", pause_s=0.0002)  # it takes a few milliseconds
         at, step = time.time(), run.step
         os.kill(worker, signal.SIGKILL)
         run.finish()
         return drill.outcome("a rank, kill -9 while it writes a checkpoint", run, at=at, step=step)
 
 
-def _holds_files(folder: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return any(path.is_file() for path in folder.rglob("*"))
+def _is_begun(folders: Path) -> bool:
+    """Whether the newest checkpoint holds anything, but not yet the manifest of the second worker."""
+    with contextlib.suppress(OSError):  # one that is being removed
+        names = {path.name for path in max(folders.glob("*-step-*")).iterdir()}
+        return bool(names) and "manifest-rank-1.json" not in names
     return False
 
 
@@ -294,9 +292,7 @@ def disk_full(drill: Drill) -> Outcome:
         run.wait(lambda: run.said("trying again"), "refusal")
         time.sleep(3.0)
         ballast.unlink()
-        outcome = _waited_for(drill, run, "disk full at a checkpoint, then room again", at, step)
-        shutil.copytree(run.folder / "model", drill.storage / "disk-full-model", dirs_exist_ok=True)
-        return outcome
+        return _waited_for(drill, run, "disk full at a checkpoint, then room again", at, step)
 
 
 def _waited_for(drill: Drill, run: Run, fault: str, at: float, step: int) -> Outcome:
@@ -317,12 +313,16 @@ def may_mount() -> bool:
 @contextlib.contextmanager
 def small_disk(place: Path, *, megabytes: int) -> Iterator[None]:
     """A file system of its own at `place`."""
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "mfm-ray-drill", str(place)], check=True)
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+_FAST_NOTICE = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+"""Ray looks for drained nodes every five seconds, in which these small runs make hundreds of steps."""
 
 
 @contextlib.contextmanager
@@ -336,7 +336,7 @@ def cluster_of_nodes(drill: Drill) -> Iterator[tuple[Drill, Any, list[Any]]]:
         nodes = [
             cluster.add_node(num_cpus=2, resources={"trainer": 1}, object_store_memory=80 * 2**20) for _ in range(3)
         ]
-        env = {**drill.env, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
+        env = {**drill.env, "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled", **_FAST_NOTICE}
         words = (*drill.words, "+scaling.resources_per_worker.trainer=1")
         yield Drill(drill.storage, env, words), cluster, nodes
     finally:
@@ -354,9 +354,9 @@ def node_killed(drill: Drill) -> Outcome:
         return there.outcome("a node, all its processes killed", run, at=at, step=step)
 
 
-def node_drained(drill: Drill, *, seconds: int = 30) -> Outcome:
+def node_drained(drill: Drill, *, seconds: int = 12, steps: int = 2000) -> Outcome:
     """Ray's notice that a node will be taken away in `seconds`, as a cloud gives it for a spot instance."""
-    with cluster_of_nodes(drill) as (there, cluster, nodes), there.run("node-drained", "max_steps=1200") as run:
+    with cluster_of_nodes(drill) as (there, cluster, nodes), there.run("node-drained", f"max_steps={steps}") as run:
         run.reach(FAULT_STEP)
         node = _node_of(nodes, run.worker(1))
         at, step = time.time(), run.step
@@ -366,7 +366,7 @@ def node_drained(drill: Drill, *, seconds: int = 30) -> Outcome:
         env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         subprocess.run([*command, *why, "--deadline-remaining-seconds", str(seconds)], check=True, env=env)
         run.finish()
-        return there.outcome(f"notice: a node is drained, {seconds} s left", run, at=at, step=step)
+        return there.outcome(f"notice: a node is drained, {seconds} s left", run, at=at, step=step, steps=steps)
 
 
 def _node_of(nodes: list[Any], worker: int) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def main() -> None:
     unknown = sorted(set(given.faults) - set(FAULTS))
     if unknown:
         parser.error(f"{unknown[0]}: expected one of {', '.join(FAULTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     with tempfile.TemporaryDirectory(prefix="mfm-ray-drill-") as scratch:
         folder = given.folder or Path(scratch)

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "resilience.md"
 RAY = str(Path(sys.executable).parent / "ray")
 CABLE = "mfm0"
-STEPS, CHECKPOINT_EVERY = 1500, 100
-SHORT_CUT_AT, LONG_CUT_AT = 250, 650
+STEPS, CHECKPOINT_EVERY = 900, 100
+SHORT_CUT_AT, LONG_CUT_AT = 150, 450
 HANG_TIMEOUT_S = 20
 PATIENCE_S = 900.0
 RECIPE = [
@@ -160,7 +160,8 @@ class Site:
 
     def step(self, name: str) -> int:
         with contextlib.suppress(OSError):
-            lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+            text = (self.folder / name / "metrics.jsonl").read_text()
+            lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half there
             return int(json.loads(lines[-1])["step"]) if lines else -1
         return -1
 
@@ -234,7 +235,8 @@ def machine(name: str, address: str, head: str, folder: Path) -> Machine:
 def wait_for_nodes(machines: list[Machine]) -> None:
     """Until the jobs' address answers and both nodes are known."""
     head = machines[0]
-    count = "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR'); print(len(ray.nodes()))"
+    join = f"ray.init(address='{head.address}:6379', log_to_driver=False, logging_level='ERROR')"
+    count = f"import ray; {join}; print(len(ray.nodes()))"
     deadline = time.monotonic() + 180
     while True:
         asked = subprocess.run(

@@ -7,14 +7,17 @@ stage, `precision=bf16` is autocast. N parameters, n GPUs, A micro-steps a step.
                             stage 1: 4 N (1 + 1) + 4 N (3 + E) / n        a float32 master copy is sharded as well
                             stage 2: 4 N         + 4 N (4 + E) / n
                             stage 3:               4 N (4 + E + 1) / n
-                            autocast: + 2 N of bfloat16 copies (stage 3: of one block)
+                            in a step: + 2 N of bfloat16 copies (autocast); buckets of up to 200 million elements, two
+                            at stages 1 to 3; at stage 3 up to 1e9 elements of gathered weights
     activations, bytes      rows x tokens x depth x 48 width, for each call of the network that has a gradient
-    sent a GPU, bytes       stage 0: 2 x 4 N (n - 1) / n                  all-reduce of the gradients = scatter + gather
-                            stages 1, 2: 4 N (A + 1) (n - 1) / n          reduction each micro-step, gather of weights
-                            stage 3: 4 N A (calls + gradient calls + 1) (n - 1) / n
+    sent a GPU, bytes       stage 0: 4 N (n - 1) / n x 2                  all-reduce of the gradients = scatter + gather
+                            stage 1: 4 N (n - 1) / n x 3                  the same, then a gather of the new weights
+                            stage 2: 4 N (n - 1) / n x (2 A + 1)          the same in each micro-step
+                            stage 3: 4 N (n - 1) / n x A (G + 1)          G gathers of weights, scatter of gradients
 
-Stage 1 reduces once a step, so A = 1 there. ZeRO: Rajbhandari et al., arXiv 1910.02054; here
-with float32 weights instead of 16-bit ones.
+DeepSpeed reduces buckets that belong to several ranks by all-reduce, so stages 1 and 2 send more than in ZeRO's paper
+(Rajbhandari et al., arXiv 1910.02054), and weights are float32 here. G is 1 as long as all weights fit into what stage
+3 keeps gathered, else one for each call and each backward pass.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ ACTIVATION_BYTES = 48
 """Bytes that a block keeps for its backward pass, for each token and channel, under autocast: 14 halves of width and
 what the fused attention and the two layer norms keep in float32 (measured: tests/training/test_footprint.py)."""
 _FREQUENCIES = 256
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered elements that stage 3 keeps for their next use (DeepSpeed's stage3_max_live_parameters, its default)."""
+_BUCKET = 200_000_000  # elements, as zero.py sets it
 
 
 @dataclass(frozen=True)
@@ -108,14 +114,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU."""
+    """Bytes on one GPU. working: bfloat16 copies, buckets of collectives, gathered weights: in a step only."""
 
     weights: float
     gradients: float
     optimiser: float
     averages: float
-    casts: float
-    activations: float
+    working: float = 0.0
+    activations: float = 0.0
 
     @property
     def state(self) -> float:
@@ -124,7 +130,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.state + self.casts + self.activations
+        return self.state + self.working + self.activations
 
 
 def state_memory(parameters: float, layout: Layout) -> Memory:
@@ -137,8 +143,6 @@ def state_memory(parameters: float, layout: Layout) -> Memory:
         gradients=share if stage >= 2 else whole,
         optimiser=2 * whole if stage == 0 else 3 * share,
         averages=layout.averages * (whole if stage == 0 else share),
-        casts=0.0,
-        activations=0.0,
     )
 
 
@@ -149,30 +153,28 @@ def memory(network: DiT, objective: Objective, layout: Layout, *, recompute: boo
     alone, and one at a time is computed again.
     """
     state = state_memory(network.parameters, layout)
-    kept = network.parameters if layout.stage < 3 else network.block_parameters
+    gathered = min(network.parameters, LIVE_PARAMETERS)
+    casts = _HALF * (network.parameters if layout.stage < 3 else gathered)
+    buckets = (1 if layout.stage == 0 else 2) * _FLOAT * min(network.parameters, _BUCKET)
     a_block = layout.rows * network.tokens * network.width
     keeps = ACTIVATION_BYTES * network.depth
     if recompute:
         keeps = _FLOAT * network.depth + ACTIVATION_BYTES
     return Memory(
-        weights=state.weights + (_FLOAT * network.block_parameters if layout.stage == 3 else 0),
+        weights=state.weights,
         gradients=state.gradients,
         optimiser=state.optimiser,
         averages=state.averages,
-        casts=_HALF * kept,
+        working=casts + buckets + (_FLOAT * gathered if layout.stage == 3 else 0),
         activations=objective.gradient_calls * a_block * keeps,
     )
 
 
 def sent(parameters: float, objective: Objective, layout: Layout) -> float:
     """Bytes that one GPU sends in one step, by ring collectives."""
-    gathers = {
-        0: 2,
-        1: 2,
-        2: layout.micro_steps + 1,
-        3: layout.micro_steps * (objective.calls + objective.gradient_calls + 1),
-    }
-    return gathers[layout.stage] * _FLOAT * parameters * (layout.gpus - 1) / layout.gpus
+    gathers = 1 if parameters <= LIVE_PARAMETERS else objective.calls + objective.gradient_calls
+    times = {0: 2, 1: 3, 2: 2 * layout.micro_steps + 1, 3: layout.micro_steps * (gathers + 1)}
+    return times[layout.stage] * _FLOAT * parameters * (layout.gpus - 1) / layout.gpus
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
     for step in range(start, config.max_steps):
         training_step(training, step)
         recorder.check()
-        heartbeat.checkpoint = recorder.written
         done = step + 1
         last = done == config.max_steps or deadline.reached(done)
         notice = board.news()
@@ -75,7 +74,6 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
             recorder.save_checkpoint(done)
         if notice:
             recorder.complete()  # whoever leaves now leaves a whole one
-            heartbeat.checkpoint = done
         if notice is Urgency.ENDED and not last and own_notice() is Urgency.ENDED:
             raise WorkerEnded(f"told to end in step {done} (SIGTERM); its checkpoint is written")
         if last:

@@ -187,7 +187,7 @@ class Recorder:
             patience.insist("the metrics", self._log.upload)
         folder = run.child(CHECKPOINTS, folder_name(number, done))
         patience.insist(f"the checkpoint of step {done}", lambda: snapshot.write(folder))
-        self.written = done
+        self._training.heartbeat.checkpoint = self.written = done
 
     def _report(self, done: int) -> None:
         """Tell Ray Train's callbacks, who may look for the checkpoint at once. Collective."""

@@ -3,8 +3,6 @@ silence, and the model at the end is the undisturbed one. A killed driver is in 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.drills import faults
@@ -69,10 +67,3 @@ def test_a_full_disk_is_waited_for(drill: Drill) -> None:
     outcome = faults.disk_full(drill)
     check(outcome, "No space left on device; trying again", "done after", attempts=1)
     assert outcome.lost_steps == 0
-
-
-def test_the_undisturbed_run_has_the_history_that_all_others_end_with(drill: Drill) -> None:
-    folder = drill.undisturbed()
-    lines = faults.history(folder)
-    for other in sorted(path for path in drill.storage.glob("*/metrics.jsonl") if path.parent != folder):
-        assert faults.history(Path(other).parent)[-1] == lines[-1], other

@@ -134,7 +134,7 @@ def _worker(rank: int, folder: str) -> None:
                 if i == MICRO_STEPS - 1:
                     result["state"][stage] = held(training)
                 engine.step(training.learning_rate(step))
-            result["sent"][stage] = counter.sent
+            result["sent"][stage] = dict(counter.sent)
             training.ema.update()
         result["parameters"] = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     if rank == 0:
