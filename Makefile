@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast test-all test-browser bench lint format clean
+.PHONY: help setup demo serve test test-fast test-all test-browser bench audit lint format clean
 ARGS ?=
 
 # ninja and the project's own commands are found first; set-up itself must see the machine's PATH.
@@ -53,6 +53,9 @@ lint: setup ## ruff (format and lint) and the type check
 	@$(RUN) ruff format --check .
 	@$(RUN) ruff check .
 	@$(RUN) mypy
+
+audit: setup ## installed packages against known vulnerabilities (pip-audit; needs pypi.org)
+	@$(RUN) python -m scripts.audit
 
 format: setup ## lets ruff put the code into shape
 	@$(RUN) ruff format .
