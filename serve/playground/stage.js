@@ -112,7 +112,8 @@ class Side {
   }
 
   cell(index, onpoint) {
-    const picture = el("img", { alt: `Image ${index + 1}, not made yet`, width: this.run.size[0], height: this.run.size[1], class: "waiting" });
+    const [width, height] = this.run.size;
+    const picture = el("img", { alt: `Image ${index + 1}, not made yet`, src: blank(width, height), width, height, class: "waiting" });
     const caption = el("figcaption", {});
     const figure = el("figure", {}, picture, caption);
     for (const [event, on] of [["pointerenter", true], ["pointerleave", false]]) figure.addEventListener(event, () => onpoint(index, on));
@@ -162,6 +163,11 @@ class Side {
   stopped(message) {
     this.status.textContent = message;
     this.element.classList.add("done");
-    for (const { picture } of this.cells) picture.classList.remove("waiting");
+    for (const { figure, picture } of this.cells) if (picture.className === "waiting") figure.remove();
   }
+}
+
+// Nothing, in an image's proportions.
+function blank(width, height) {
+  return `data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 ${width} ${height}'/>`;
 }

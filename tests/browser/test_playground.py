@@ -217,6 +217,7 @@ def test_a_refusal_stands_beside_its_field_in_the_servers_words(served, visit):
     asked = {"steering": {"rewards": [{"name": "symmetry", "params": {"scale": -1}}]}}
     assert said == httpx.post(f"{served.open}v1/images/generations", json=asked).json()["error"]["message"]
     assert page.locator(".side [role=alert]").inner_text() == said
+    assert page.locator("figure").count() == 0
     page.get_by_label("scale", exact=True).fill("0.1")
     generate(page)
     assert page.locator("[aria-invalid=true]").count() == 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 GENERATIONS = "/v1/images/generations"
 SCORE = "/v1/rewards/symmetry/score"
@@ -256,3 +259,53 @@ def _methods() -> Iterator[Attack]:
         yield Attack(f"{method[:9]} generations", method=method, expected=(405, 400))
     for path in ("/v1/models", "/healthz", "/", "/v1/methods"):
         yield Attack(f"POST {path}", path, content=b"{}", expected=(405,))
+
+
+NO_HTTP = [
+    b"\x00" * 2000,
+    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET " + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 5000 + b"\r\n",
+    b"GET / HTTP/1.1\r\nx: " + b"y" * 200_000 + b"\r\n\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
+    b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n",
+    b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nx-request-id: a\r\n b\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+]
+"""What is no HTTP, or nearly."""
+ANSWER_S = 60.0
+
+
+def raw(port: int, content: bytes) -> bytes:
+    """What the server says to bytes; nothing where it hangs up, or waits for more."""
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as line:
+        try:
+            line.sendall(content)
+            return line.recv(65536)
+        except (ConnectionError, TimeoutError):
+            return b""
+
+
+def slow_body(port: int, key: str) -> bytes:
+    """Headers, a part of the body, and nothing more; what the server says in the end."""
+    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as line:
+        line.sendall(_head(100, key) + b'{"n": 1')
+        return line.recv(65536)
+
+
+def goes_away(port: int, key: str, body: dict[str, Any], after_s: float) -> None:
+    """A request whose client hangs up."""
+    content = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as line:
+        line.sendall(_head(len(content), key) + content)
+        time.sleep(after_s)
+
+
+def _head(length: int, key: str) -> bytes:
+    return (
+        f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()

@@ -37,6 +37,8 @@ from serve.reward import canonical
 from serve.schema import GenerationRequest
 from serve.settings import AppSettings, Limits
 
+from .hostile import NO_HTTP, goes_away, raw
+
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 APP, KEY = "mfm-tests", "key-of-the-tests"
@@ -550,6 +552,18 @@ def test_a_reward_comes_up_from_zero_stays_while_it_is_asked_directly_and_goes_a
         while replicas("reward_class_mixture") > 0:
             assert time.monotonic() < end
             time.sleep(0.5)
+
+
+def test_what_is_no_http_and_clients_that_go_away_harm_nobody(served: Served) -> None:
+    wish = {"seed": 3, "steering": SYMMETRY}
+    expected = [image["b64_json"] for image in served.generate(**wish)["data"]]
+    port = int(served.url.rpartition(":")[2])
+    said = [raw(port, content) for content in NO_HTTP]
+    assert [line for line in said if line.startswith(b"HTTP/1.1 5")] == []
+    for number in range(6):
+        goes_away(port, KEY, {"model": "tiny", "n": 4, "stream": number % 2 == 0, "steering": ENDLESS}, 0.03 * number)
+        assert [image["b64_json"] for image in served.generate(**wish)["data"]] == expected
+    wait_for(served, running=False)
 
 
 def test_the_sampler_streams_full_precision(served: Served) -> None:
