@@ -364,7 +364,7 @@ def test_copied_curl_and_python_make_the_images_on_the_page(served, visit, tmp_p
     assert [_file(tmp_path / f"image_{i}.png").equal(page_images[i]) for i in range(2)] == [True, True]
 
 
-def test_copied_code_reads_the_key_from_the_environment(served, visit):
+def test_copied_code_reads_the_key_from_the_environment(served, visit, tmp_path: Path):
     page = visit(served.keyed, ready=False)
     page.get_by_label("API key").fill(KEY)
     page.get_by_role("button", name="Use key").click()
@@ -374,7 +374,9 @@ def test_copied_code_reads_the_key_from_the_environment(served, visit):
     for kind, command in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
         code = page.locator(f"[data-kind={kind}] code").text_content()
         assert KEY not in code
-        done = subprocess.run([*command, code], capture_output=True, text=True, env=environment, check=True, timeout=60)
+        done = subprocess.run(
+            [*command, code], cwd=tmp_path, capture_output=True, text=True, env=environment, check=True, timeout=60
+        )
         assert "b64_json" in done.stdout if kind == "curl" else done.stdout.startswith("0 ")
 
 
