@@ -69,14 +69,14 @@ def measure(browser: Any, url: str, repeats: int) -> tuple[list[float], list[flo
 
 def take_pictures(browser: Any, url: str, folder: Path) -> None:
     """Two settings side by side; a drawn observation on a phone in the dark."""
-    page = _open(browser, url, viewport={"width": 1160, "height": 860})
+    page = _open(browser, url, viewport={"width": 1160, "height": 1040})
     page.locator("label", has_text=re.compile("^3$")).first.click()
     page.get_by_label("Reward", exact=True).select_option("brightness")
     page.get_by_label("Compare two settings").check()
     page.get_by_label("target").locator("visible=true").fill("0.2")
     _run(page, seed=4, sides=2)
     page.screenshot(path=folder / "playground.png")
-    phone = _open(browser, url, viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
+    phone = _open(browser, url, viewport={"width": 390, "height": 1300}, color_scheme="dark", has_touch=True)
     phone.get_by_label("Reward", exact=True).select_option("masked_observation")
     phone.get_by_text("What I draw").click()
     phone.get_by_text("64 of 64 pixels seen").wait_for()

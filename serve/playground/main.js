@@ -254,13 +254,15 @@ function askForKey(message) {
   byId("key").focus();
 }
 
+let playground = null; // kept when another key is given later
+
 async function start() {
   trouble.hidden = true;
   try {
     const [models, rewards, methods] = await Promise.all(["v1/models", "v1/rewards", "v1/methods"].map(getJson));
     keyForm.hidden = true;
     controls.hidden = byId("stage").hidden = false;
-    new Playground({ models: models.data, rewards: rewards.data, methods: methods.data, limits: methods.limits });
+    playground ??= new Playground({ models: models.data, rewards: rewards.data, methods: methods.data, limits: methods.limits });
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) return askForKey(error.message);

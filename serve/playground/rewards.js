@@ -87,10 +87,15 @@ class RewardCard {
     return this.reward.id;
   }
 
-  // Its name, with a weight that is not 1.
+  // Its name, with what is not its default: "brightness (target 0.2) × 0.5".
   title() {
+    const own = Object.entries(this.inputs).filter(([, { inputs, wrapper, allowed }]) => {
+      return inputs.length === 1 && !wrapper.hidden && inputs[0].value !== String(allowed.default ?? "");
+    });
+    const said = own.map(([key, { inputs }]) => `${key} ${inputs[0].value}`).join(", ");
     const weight = this.weight.value;
-    return `${this.name.replaceAll("_", " ")}${weight === "" || Number(weight) === 1 ? "" : ` × ${weight}`}`;
+    const times = weight === "" || Number(weight) === 1 ? "" : ` × ${weight}`;
+    return `${this.name.replaceAll("_", " ")}${said ? ` (${said})` : ""}${times}`;
   }
 
   choose(name) {

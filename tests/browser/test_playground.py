@@ -124,6 +124,7 @@ def test_two_settings_are_compared_at_the_same_seed(served, visit):
     panel = page.get_by_role("tabpanel", name="Setting B")
     assert panel.get_by_label("Weight").input_value() == "2"
     panel.get_by_label("Weight").fill("0.1")
+    panel.get_by_label("axis").select_option("vertical")
     asked = bodies(page)
     generate(page)
     first, second = sorted(asked, key=lambda body: -body["steering"]["rewards"][0]["weight"])
@@ -131,6 +132,10 @@ def test_two_settings_are_compared_at_the_same_seed(served, visit):
     assert [side["steering"]["rewards"][0]["weight"] for side in (first, second)] == [2, 0.1]
     sides = page.locator("section.side").all()
     assert len(sides) == 2
+    assert [side.locator("h2").text_content() for side in sides] == [
+        "Agradient towards symmetry × 2",
+        "Bgradient towards symmetry (axis vertical) × 0.1",
+    ]
     boxes = [side.bounding_box() for side in sides]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
     for side, body in zip(sides, (first, second), strict=True):
@@ -203,6 +208,24 @@ def test_the_key_is_asked_for_and_kept_nowhere(served, visit):
     assert KEY not in kept + page.content()
     page.reload()
     field.wait_for()
+
+
+def test_a_key_that_is_refused_later_is_asked_for_again_and_nothing_is_lost(served, visit):
+    page = visit(served.keyed, ready=False)
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use key").click()
+    page.get_by_label("Steps", exact=True).fill("4")
+    error = {"message": "wrong key", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
+    page.route("**/v1/images/generations", lambda route: route.fulfill(status=401, json={"error": error}))
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#key-error", has_text="wrong key").wait_for()
+    page.unroute_all()
+    page.get_by_label("API key").fill(KEY)
+    page.get_by_role("button", name="Use key").click()
+    page.locator("#key-form").wait_for(state="hidden")
+    asked = bodies(page)
+    generate(page)
+    assert [body["steering"]["num_steps"] for body in asked] == [4]
 
 
 def test_a_refusal_stands_beside_its_field_in_the_servers_words(served, visit):
@@ -341,7 +364,7 @@ def test_copied_curl_and_python_make_the_images_on_the_page(served, visit, tmp_p
     assert [_file(tmp_path / f"image_{i}.png").equal(page_images[i]) for i in range(2)] == [True, True]
 
 
-def test_copied_code_reads_the_key_from_the_environment(served, visit):
+def test_copied_code_reads_the_key_from_the_environment(served, visit, tmp_path: Path):
     page = visit(served.keyed, ready=False)
     page.get_by_label("API key").fill(KEY)
     page.get_by_role("button", name="Use key").click()
@@ -351,7 +374,9 @@ def test_copied_code_reads_the_key_from_the_environment(served, visit):
     for kind, command in {"curl": ["bash", "-c"], "Python": [sys.executable, "-c"]}.items():
         code = page.locator(f"[data-kind={kind}] code").text_content()
         assert KEY not in code
-        done = subprocess.run([*command, code], capture_output=True, text=True, env=environment, check=True, timeout=60)
+        done = subprocess.run(
+            [*command, code], cwd=tmp_path, capture_output=True, text=True, env=environment, check=True, timeout=60
+        )
         assert "b64_json" in done.stdout if kind == "curl" else done.stdout.startswith("0 ")
 
 

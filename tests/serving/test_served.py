@@ -591,6 +591,20 @@ def test_a_reward_comes_up_from_zero_stays_while_it_is_asked_directly_and_goes_a
             time.sleep(0.5)
 
 
+def test_trace_and_timing_are_those_of_the_run(served: Served) -> None:
+    wish = {"seed": 4, "n": 2, "steering": SYMMETRY}
+    began = time.monotonic()
+    answer = served.generate(**wish, include=["trace", "timing"])
+    took, expected = time.monotonic() - began, local_images(served, **wish)
+    for index, image in enumerate(answer["data"]):
+        assert image["trace"]["value"] == expected.trace["value"][:, index].tolist()
+        assert set(image["trace"]) == set(expected.trace)
+    *parts, total = answer["timing"].values()
+    assert list(answer["timing"]) == ["first_step_s", "steps_s", "scoring_s", "total_s"]
+    assert min(parts) >= 0
+    assert sum(parts) <= total <= took
+
+
 def test_what_is_no_http_and_clients_that_go_away_harm_nobody(served: Served) -> None:
     wish = {"seed": 3, "steering": SYMMETRY}
     expected = [image["b64_json"] for image in served.generate(**wish)["data"]]
