@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--every", type=int, default=50)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: expected at least 2, for quartiles")
     table = measure(options.rounds, options.every)
     print(table)
     heading = f"# Checkpoints\n\n`python -m benchmarks.checkpoints --rounds {options.rounds} --every {options.every}`"
