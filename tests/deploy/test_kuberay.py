@@ -1,4 +1,4 @@
-"""The manifests of deploy/kuberay: fields and types as KubeRay declares them, and what training needs of a pod.
+"""The training manifests of deploy/kuberay: fields and types as KubeRay declares them, and what training needs of a pod.
 
 kuberay-fields.json says where its fields come from. With KUBERAY_CRDS set to a folder that holds KubeRay's own
 `ray.io_rayclusters.yaml` and `ray.io_rayjobs.yaml` the manifests are held against those as well.
@@ -21,7 +21,7 @@ from mfm_ray.config import load_config
 from mfm_ray.training.launch import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFESTS = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
+MANIFESTS = [ROOT / "deploy" / "kuberay" / name for name in ("raycluster.yaml", "rayjob-train.yaml")]
 CRDS = os.environ.get("KUBERAY_CRDS")
 
 
