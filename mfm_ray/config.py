@@ -81,6 +81,15 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaultsConfig:
+    hang_timeout_s: float = setting(
+        "seconds without progress after which a worker that hangs is named and ended; the first step may take 3 times",
+        minimum=5,
+    )
+    storage_timeout_s: float = setting("seconds for which storage that refuses to be written is tried again", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig(JobConfig):
     """What every training of a network takes, from data or towards a reward."""
 
@@ -102,6 +111,7 @@ class TrainingConfig(JobConfig):
     precision: str = setting("arithmetic of the network", choices=("fp32", "bf16"))
     zero: ZeroConfig = setting("sharding")
     scaling: ScalingConfig = setting("workers and their resources")
+    faults: FaultsConfig = setting("what is waited for, and for how long")
     checkpoint_every: int = setting("steps between checkpoints", minimum=1)
     checkpoints_to_keep: int = setting("checkpoints kept, the newest", minimum=1)
     best_checkpoints_to_keep: int = setting("checkpoints kept beside them, the best by checkpoint_score", minimum=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -27,9 +26,12 @@ from mfm_ray.training import checkpoint, zero
 from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, newest_checkpoint
 from mfm_ray.training.comm_op import check_comm_op
 from mfm_ray.training.ema import ema_decays
+from mfm_ray.training.failures import root_cause
 from mfm_ray.training.final_model import export_checkpoint, newest_picture, train_judge
 from mfm_ray.training.loop import train_worker
 from mfm_ray.training.metrics_log import METRICS_FILE
+from mfm_ray.training.monitor import Watchdog
+from mfm_ray.training.notice import SigtermIsNotice
 from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.progress import ProgressDisplay
 from mfm_ray.training.session import Measure, Plan
@@ -42,8 +44,6 @@ _RAY_ENVIRONMENT = {
     # a group that loses a node should not wait a minute for resources that are gone
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
-# what the survivors of a lost worker say; never the cause
-_COLLATERAL = re.compile(r"Connection (reset|closed|refused)|Broken pipe|gloo|NCCL|aborted|SYSTEM_ERROR", re.IGNORECASE)
 
 Log = Callable[[str], None]
 
@@ -260,10 +260,12 @@ def fit(
     wait_for_resources(workers[0], each, config.scaling.start_timeout_s, log)
     display = ProgressDisplay(log) if shows_progress else nullcontext()
     plan = replace(plan, reports=bool(callbacks))
-    with environment_defaults(_RAY_ENVIRONMENT), display as progress:
+    watchdog = Watchdog(plan.run, log, hang_timeout_s=config.faults.hang_timeout_s)
+    with environment_defaults(_RAY_ENVIRONMENT), display as progress, watchdog:
+        watched = replace(plan, monitor=watchdog.monitor)
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]
-            train_loop_config={"plan": plan if progress is None else replace(plan, progress=progress.actor)},
+            train_loop_config={"plan": watched if progress is None else replace(watched, progress=progress.actor)},
             torch_config=TorchConfig(backend="nccl" if plan.cuda else "gloo"),
             scaling_config=ScalingConfig(  # type: ignore[call-arg] # mypy sees that of Ray Train's first version
                 num_workers=workers[0] if len(workers) == 1 else (workers[0], workers[-1]),  # type: ignore[arg-type]
@@ -275,7 +277,7 @@ def fit(
                 name=CHECKPOINTS,
                 **plan.run.for_ray,
                 failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-                callbacks=list(callbacks),
+                callbacks=[*callbacks, watchdog.callback, SigtermIsNotice()],  # type: ignore[list-item]
             ),
         )
         try:
@@ -319,23 +321,6 @@ def room_for(each: Mapping[str, float]) -> int:
     wanted = {name: amount for name, amount in each.items() if amount > 0}
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in alive)
-
-
-def root_cause(error: Exception) -> str:
-    """One line for what went wrong first: the worker's own exception, not what its neighbours said about it."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return _last_line(str(getattr(error, "controller_failure", error)))
-    lines = {rank: _last_line(str(failure)) for rank, failure in sorted(failures.items())}
-    causes = {rank: line for rank, line in lines.items() if not _COLLATERAL.search(line)} or lines
-    rank, line = next(iter(causes.items()))
-    return f"training worker {rank}: {line}"
-
-
-def _last_line(text: str) -> str:
-    """The exception's own line, which a traceback ends with."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown error"
 
 
 def finish(config: TrainConfig, storage: Storage, data: Storage, found: Found, log: Log) -> TrainingResult:

@@ -13,7 +13,9 @@ from mfm_ray.storage import Storage
 from mfm_ray.training.agreement import agree
 from mfm_ray.training.checkpoint import CheckpointError
 from mfm_ray.training.checkpoint_store import CHECKPOINTS, Found, complete_checkpoints, passed_over
+from mfm_ray.training.heartbeat import CHECKPOINT, DATA, END, SAMPLE, STEP, Heartbeat, beat_every
 from mfm_ray.training.metrics_log import TrainingDiverged
+from mfm_ray.training.notice import NoticeBoard, Urgency, WorkerEnded, own_notice
 from mfm_ray.training.recorder import Recorder
 from mfm_ray.training.session import Plan, Training, set_up
 from mfm_ray.training.snapshot import read_checkpoint
@@ -34,32 +36,46 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def train(plan: Plan) -> dict[str, float]:
     """The run of one worker; the last figures, which all ranks share."""
-    training = set_up(plan)
-    start = restore(training)
-    with closing(training.feed), Recorder(training, start) as recorder:
-        run_steps(training, recorder, start)
+    every_s = beat_every(float(plan.config["faults"]["hang_timeout_s"]), torch.distributed.get_world_size())
+    with Heartbeat(plan.monitor, every_s) as heartbeat:
+        training = set_up(plan)
+        training.heartbeat = heartbeat
+        start = restore(training)
+        heartbeat.begin(start)
+        with closing(training.feed), Recorder(training, start) as recorder:
+            run_steps(training, recorder, start)
     return recorder.figures
 
 
 def run_steps(training: Training, recorder: Recorder, start: int) -> None:
     """Every step from `start` to the end, and what is due after each. Collective."""
     config = training.config
+    heartbeat, board = training.heartbeat, NoticeBoard(training.engine.device)
     deadline = Deadline(config.max_seconds, already=training.seconds_before, device=training.engine.device)
     for step in range(start, config.max_steps):
         training_step(training, step)
         recorder.check()
         done = step + 1
         last = done == config.max_steps or deadline.reached(done)
+        notice = board.news()
         if training.work.evaluate_every and (last or done % training.work.evaluate_every == 0):
             recorder.evaluate(done)
-        if last or any(done % every == 0 for every in recorder.line_every):
+        if last:
+            heartbeat.at(END, done)  # what is left may wait for an evaluation
+        if last or notice or any(done % every == 0 for every in recorder.line_every):
             last = recorder.record(done, last=last) or last
         sample = config.sample_every > 0 and (last or done % config.sample_every == 0)
-        save = last or done % config.checkpoint_every == 0
+        save = last or notice or done % config.checkpoint_every == 0
         if sample:
+            heartbeat.at(SAMPLE, done)
             recorder.draw_samples(done)
         if save:
+            heartbeat.at(CHECKPOINT, done)
             recorder.save_checkpoint(done)
+        if notice is Urgency.ENDED and not last:
+            recorder.finish()
+        if notice is Urgency.ENDED and not last and own_notice() is Urgency.ENDED:
+            raise WorkerEnded(f"told to end in step {done} (SIGTERM); its checkpoint is written")
         if last:
             break
     recorder.finish()
@@ -68,7 +84,9 @@ def run_steps(training: Training, recorder: Recorder, start: int) -> None:
 def training_step(training: Training, step: int) -> None:
     """One optimiser step: this worker's micro-batches, the update, the moving average."""
     engine, figures, began = training.engine, [], time.perf_counter()
+    training.heartbeat.at(DATA, step)
     batches = training.feed.take(step)
+    training.heartbeat.at(STEP, step)
     training.data_seconds += time.perf_counter() - began
     for micro_batch, weight in zip(batches, training.split.weights(training.rank), strict=True):
         loss, noted = engine.forward(*micro_batch, step)

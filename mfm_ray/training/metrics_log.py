@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -90,10 +90,14 @@ class MetricsLog:
         self._is_local = run.local_path is not None
         self._folder = run.local_path or Path(tempfile.mkdtemp(prefix="mfm-ray-log-"))
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lines = self._open(resume_step)
-        self._events = SummaryWriter(str(self._folder), purge_step=resume_step + 1 if resume_step else None)
+        self._file = self._open(resume_step)
+        self._kept = b""
+        self._unflushed: list[tuple[int, Mapping[str, float]]] = []
+        self._events_are_lost = False
+        self._open_events = lambda purge_step: SummaryWriter(str(self._folder), purge_step=purge_step)
+        self._events = self._open_events(resume_step + 1 if resume_step else None)
 
-    def _open(self, resume_step: int) -> TextIO:
+    def _open(self, resume_step: int) -> BinaryIO:
         path = self._folder / METRICS_FILE
         if not self._is_local and resume_step and self._run.is_file(METRICS_FILE):
             path.write_bytes(self._run.read_bytes(METRICS_FILE))
@@ -101,25 +105,56 @@ class MetricsLog:
         staging = path.with_suffix(".part")
         staging.write_text(kept)
         staging.replace(path)
-        return path.open("a")
+        return path.open("ab", buffering=0)
 
-    def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
-        self._lines.flush()
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, step)
+    def write(self, step: int, numbers: Mapping[str, float]) -> str | None:
+        """Adds a line. Why the disk refuses it, where it does: it is kept, and written with the next one."""
+        self._kept += json.dumps({"step": step, **numbers}, allow_nan=False).encode() + b"\n"
+        self._unflushed.append((step, numbers))
+        try:
+            self._write_kept()
+            if not self._events_are_lost:
+                self._add_events(step, numbers)
+        except OSError as error:
+            return str(error)
+        return None
 
     def flush(self) -> None:
-        """Make what was written so far readable here, and ready for `upload`."""
-        self._lines.flush()
-        self._events.flush()
+        """Make what was written so far readable here, and ready for `upload`. OSError when the disk refuses."""
+        self._write_kept()
+        self._flush_events()
+        self._unflushed = []
 
     def close(self) -> None:
-        self._lines.close()
+        self.flush()
         self._events.close()
         self.upload()
+        self._file.close()
         if not self._is_local:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _write_kept(self) -> None:
+        while self._kept:
+            self._kept = self._kept[self._file.write(self._kept) or 0 :]  # a full disk takes a part of a line
+
+    def _add_events(self, step: int, numbers: Mapping[str, float]) -> None:
+        try:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
+        except OSError:
+            self._events_are_lost = True  # TensorBoard's writer ends with its first error
+            raise
+
+    def _flush_events(self) -> None:
+        if self._events_are_lost:
+            self._events, self._events_are_lost = self._open_events(None), False
+            for step, numbers in self._unflushed:
+                self._add_events(step, numbers)
+        try:
+            self._events.flush()
+        except OSError:
+            self._events_are_lost = True
+            raise
 
     def upload(self) -> None:
         """Make what was flushed readable in the run's storage; any thread may call it while lines are added."""

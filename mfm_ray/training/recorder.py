@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.storage import Storage
 from mfm_ray.training.background import Background
 from mfm_ray.training.checkpoint_store import CHECKPOINTS, Retention, folder_name, next_number
 from mfm_ray.training.device_peaks import memory_peak
@@ -33,7 +34,7 @@ class Recorder:
 
     def __init__(self, training: Training, start: int) -> None:
         self._training = training
-        self._log = MetricsLog(training.plan.run, resume_step=start) if training.rank == 0 else None
+        self._log = self._open_log(start) if training.rank == 0 else None
         self._trackers = open_trackers(training.config, training.plan.run) if training.rank == 0 else []
         evaluates = training.rank == 0 and training.plan.evaluator is not None
         self._evaluations = Evaluations(training.plan.evaluator, start=start) if evaluates else None
@@ -53,6 +54,10 @@ class Recorder:
         self._last_step = start
         self._interval_began = time.monotonic()
         self.figures: dict[str, float] = {"step": start, "seconds": training.seconds}
+
+    def _open_log(self, start: int) -> MetricsLog:
+        run = self._training.plan.run
+        return self._training.patience.insist("the metrics", lambda: MetricsLog(run, resume_step=start))
 
     def _first_number(self) -> int:
         """The number of this attempt's first checkpoint, which rank 0 looks up for all. Collective."""
@@ -87,8 +92,8 @@ class Recorder:
         numbers |= newest
         self.figures = {"step": done, **numbers}
         for line in (*earlier, numbers):
-            if self._log is not None:
-                self._log.write(done, line)
+            if self._log is not None and (refusal := self._log.write(done, line)) is not None:
+                training.heartbeat.say(f"the metrics of step {done} are kept back: {refusal}")
             for tracker in self._trackers:
                 tracker.log(done, line)
         if self._log is not None:
@@ -129,7 +134,7 @@ class Recorder:
         training, weights = self._training, self._averaged_weights()
         if training.rank == 0:
             samples = training.work.pictures(weights, training.engine.device)
-            write_sample_grid(training.plan.run, done, samples)
+            training.patience.insist("the samples", lambda: write_sample_grid(training.plan.run, done, samples))
         self._begin_interval(done)
 
     def _averaged_weights(self) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ class Recorder:
         snapshot = self._snapshots.take(done, self.figures)
         number, self._number = self._number, self._number + 1
         if self._log is not None:
-            self._log.flush()
+            self._training.patience.insist("the metrics", self._log.flush)
         self._background.start(lambda: self._put_away(snapshot, number, done))
         if self._training.plan.reports:
             self._report(done)
@@ -173,12 +178,17 @@ class Recorder:
 
     def _put_away(self, snapshot: Snapshot, number: int, done: int) -> None:
         """Runs in the thread."""
-        run = self._training.plan.run
+        training = self._training
+        target = training.plan.run.child(CHECKPOINTS, folder_name(number, done))
+        training.patience.insist(f"the checkpoint of step {done}", lambda: self._write(snapshot, target, number))
+        training.heartbeat.checkpoint = done
+        self.written = done
+
+    def _write(self, snapshot: Snapshot, target: Storage, number: int) -> None:
         if self._log is not None:
             self._retention.prune(before=number)
             self._log.upload()
-        snapshot.write(run.child(CHECKPOINTS, folder_name(number, done)))
-        self.written = done
+        snapshot.write(target)
 
     def _report(self, done: int) -> None:
         """Tell Ray Train's callbacks, who may look for the checkpoint at once. Collective."""
@@ -191,9 +201,18 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._background.settle()  # a checkpoint that is under way is good whatever ended the run after it
         if self._log is not None:
-            self._log.close()
+            self._close_log(self._log, failed=kind is not None)
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
+
+    def _close_log(self, log: MetricsLog, *, failed: bool) -> None:
+        if not failed:
+            self._training.patience.insist("the metrics", log.close)
+            return
+        try:
+            log.close()
+        except OSError as error:  # what failed first is what the run ends with
+            self._training.heartbeat.say(f"the metrics of the last steps are lost: {error}")
 
     def _averaged_model(self) -> FlowMap | None:
         """The averaged model on rank 0's device, None on the others, which take part in gathering it. Collective."""

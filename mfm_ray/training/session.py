@@ -18,7 +18,9 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training.ema import ShardedEMA, ema_decays
+from mfm_ray.training.heartbeat import Heartbeat
 from mfm_ray.training.metrics_log import StepWindow
+from mfm_ray.training.patience import Patience
 from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.task import Feed, Task, Work
 from mfm_ray.training.throughput import Throughput
@@ -42,7 +44,8 @@ class Plan:
     the run's folder; model: the config.json of the model; task: which kind of training it is; progress, evaluator:
     handles of the actors that show progress and evaluate, or None; measure: what is measured on the averaged model at
     each checkpoint, on rank 0, or None; start_from: a checkpoint of another run that this one goes on from, or None;
-    reports: whether callbacks of Ray Train wait for the figures of each checkpoint.
+    reports: whether callbacks of Ray Train wait for the figures of each checkpoint; monitor: handle of the actor that
+    workers send heartbeats to, or None.
     """
 
     config: dict[str, Any]
@@ -55,6 +58,7 @@ class Plan:
     evaluator: Any = None
     measure: Measure | None = None
     start_from: Storage | None = None
+    monitor: Any = None
     reports: bool = False
 
     @property
@@ -84,6 +88,7 @@ class Training:
     seconds_before: float = 0.0
     started: float = field(default_factory=time.monotonic)
     data_seconds: float = 0.0
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -94,6 +99,12 @@ class Training:
     def seconds(self) -> float:
         """Seconds of training, those of earlier attempts included."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def patience(self) -> Patience:
+        """For whatever is written to the run's storage."""
+        beat = self.heartbeat
+        return Patience(timeout_s=self.config.faults.storage_timeout_s, say=beat.say, alive=beat.moved)
 
     def say(self, line: str) -> None:
         """A line for whoever watches the run, from rank 0."""
