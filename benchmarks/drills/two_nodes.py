@@ -1,10 +1,10 @@
 """Two Ray nodes with addresses of their own, a training over both, and a cable between them that is pulled.
 
-    python -m benchmarks.drills.two_nodes [--short 8] [--long 60]
+    python -m benchmarks.drills.two_nodes [--short 8] [--long 45]
 
 Two network namespaces stand for two machines, a veth pair for the cable. In each runs `ray start`, kept up as a
 service manager would keep it; the training is sent to the first by `ray job submit` and has one worker in each, which
-talk over the cable by gloo. The cable is cut twice: shortly, and for long enough that Ray gives the node up. Writes its
+talk over the cable by gloo. The cable is cut twice: shortly, and for longer than the watchdog waits. Writes its
 table into docs/resilience.md. Needs root; leaves nothing behind, whatever happens.
 """
 
@@ -208,6 +208,7 @@ def site(folder: Path) -> Iterator[Site]:
             one.end()
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)  # the cable goes with them
+            shutil.rmtree(f"/tmp/{name}", ignore_errors=True)
 
 
 def machine(name: str, address: str, head: str, folder: Path) -> Machine:
@@ -282,7 +283,7 @@ def cut(place: Site, name: str, job: subprocess.Popen[bytes], *, at: int, second
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", type=float, default=8.0, help="seconds of the first cut")
-    parser.add_argument("--long", type=float, default=60.0, help="seconds of the second cut")
+    parser.add_argument("--long", type=float, default=45.0, help="seconds of the second cut")
     parser.add_argument("--no-page", action="store_true", help="prints only")
     given = parser.parse_args()
     if (reason := refusal()) is not None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mfm_ray.flow_map import FlowMap
-from mfm_ray.storage import Storage
 from mfm_ray.training.background import Background
 from mfm_ray.training.checkpoint_store import CHECKPOINTS, Retention, folder_name, next_number
 from mfm_ray.training.device_peaks import memory_peak

@@ -55,7 +55,6 @@ class Plan:
     evaluator: Any = None
     measure: Measure | None = None
     start_from: Storage | None = None
-    monitor: Any = None
     reports: bool = False
     monitor: Any = None
 
@@ -97,12 +96,6 @@ class Training:
     def seconds(self) -> float:
         """Seconds of training, those of earlier attempts included."""
         return self.seconds_before + time.monotonic() - self.started
-
-    @property
-    def patience(self) -> Patience:
-        """For whatever is written to the run's storage."""
-        beat = self.heartbeat
-        return Patience(timeout_s=self.config.faults.storage_timeout_s, say=beat.say, alive=beat.moved)
 
     def say(self, line: str) -> None:
         """A line for whoever watches the run, from rank 0."""
