@@ -1,4 +1,4 @@
-"""The training manifests of deploy/kuberay: fields and types as KubeRay declares them, and what training needs of a pod.
+"""The training manifests of deploy/kuberay: fields and types as KubeRay declares them, and what a pod must have.
 
 kuberay-fields.json says where its fields come from. With KUBERAY_CRDS set to a folder that holds KubeRay's own
 `ray.io_rayclusters.yaml` and `ray.io_rayjobs.yaml` the manifests are held against those as well.
