@@ -105,7 +105,7 @@ def test_another_method_has_its_own_arguments(
         (["sweep=wrong_key"], r"space.reward_multiplyer: unknown key; did you mean space.reward_multiplier\?"),
         (["sweep=wrong_value"], "reward_multiplier=-1.0: expected a number above 0"),
         (["sweep=wrong_argument"], "method.num_drawz: unknown key"),
-        (["sweep=common"], "space.cfg_scale: is common to all trials; expected one of method, adapter, reward_multiplier, "),
+        (["sweep=common"], "space.cfg_scale: is common to all trials; expected one of method, adapter, "),
     ],
 )
 def test_a_mistake_is_one_line_before_any_resource_is_taken(
