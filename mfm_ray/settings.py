@@ -165,9 +165,17 @@ def _convert(value: Any, hint: Any, allowed: Allowed, key: str) -> Any:
 
 def _is_finite(value: Any) -> bool:
     """Whether no list or group holds NaN or an infinity; a number by itself is refused by what its bounds say."""
-    if isinstance(value, list | tuple | Mapping):
-        items = list(value.values()) if isinstance(value, Mapping) else value
-        return all(_is_finite(item) and not (isinstance(item, float) and not math.isfinite(item)) for item in items)
+    if isinstance(value, float):
+        return True
+    waiting = [value]
+    while waiting:  # not by recursion: a request may be as deep as it likes
+        item = waiting.pop()
+        if isinstance(item, Mapping):
+            waiting += item.values()
+        elif isinstance(item, list | tuple):
+            waiting += item
+        elif isinstance(item, float) and not math.isfinite(item):
+            return False
     return True
 
 

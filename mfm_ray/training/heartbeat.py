@@ -6,6 +6,7 @@ where the training thread stands and, when it has not moved since the last time,
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 START, DATA, STEP, SAMPLE, CHECKPOINT, END = "start", "data", "step", "sample", "checkpoint", "end"
+_LOG = logging.getLogger(__name__)
 PHASES = (DATA, STEP, SAMPLE, CHECKPOINT)
 """What a worker does after one another in a step; START is before the first one, END after the last."""
 
@@ -94,8 +96,10 @@ class Heartbeat:
         self._moved = time.monotonic()
 
     def say(self, line: str) -> None:
-        """A line for the driver's log."""
-        if self.monitor is not None:
+        """A line for the driver's log; for this process' where there is no driver."""
+        if self.monitor is None:
+            _LOG.warning(line)
+        else:
             self.monitor.say.remote(f"training worker {_rank()}: {line}")
 
     def __enter__(self) -> Heartbeat:

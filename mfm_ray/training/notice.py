@@ -83,7 +83,9 @@ def own_notice() -> Urgency:
     """What this worker has been told."""
     if _told_to_end.is_set():
         return Urgency.ENDED
-    from ray.train.v2._internal.execution.context import get_train_context
+    from ray.train.v2._internal.execution import context
 
+    if context._train_context is None:  # not a worker of Ray Train's: no node is drained under it
+        return Urgency.NONE
     # not ray.train.get_preemption_info(): that is a barrier through an actor, and the group agrees by itself here
-    return Urgency.DRAINED if get_train_context().preemption_context.preemption_info else Urgency.NONE
+    return Urgency.DRAINED if context.get_train_context().preemption_context.preemption_info else Urgency.NONE
