@@ -173,7 +173,7 @@ class Drill:
         started = restarts[0]["start"] if restarts else None
         return Outcome(
             fault=fault,
-            lost_steps=0 if started is None else max([step, *reached]) - started,
+            lost_steps=0 if started is None else max(0, max([step, *reached]) - started),
             seconds=restarts[0]["first_step_at"] - at if seconds is None else seconds,
             same=same_weights(self.undisturbed(steps), run.folder),
             attempts=len(run.starts),
