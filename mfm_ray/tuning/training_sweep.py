@@ -25,6 +25,7 @@ from mfm_ray.tuning.space import Point
 from mfm_ray.tuning.sweep import TUNE, TUNE_ENVIRONMENT, TrialRecord, read_record, record_name, why_lost
 from mfm_ray.tuning.training_trial import (
     FAILURE,
+    FOLDER,
     INHERITED,
     LOST,
     STEP,
@@ -159,7 +160,8 @@ class TrainingBook(tune.Callback):
         status = "ok" if result.get(WHOLE) else "pruned"
         if reason is not None:
             status = "lost" if result.get(LOST) else "refused"
-        self._end(trial, status, reason)
+        # files are named from the sweep's folder on: what is told of a trial does not depend on where it ran
+        self._end(trial, status, reason and reason.replace(self._run.uri_of(FOLDER), FOLDER))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "lost", why_lost(trial))
