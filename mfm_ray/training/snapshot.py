@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint
@@ -44,13 +44,13 @@ class SnapshotMaker:
         self._held: dict[str, Tensor] = {}
 
     def take(self, done: int, figures: Mapping[str, float]) -> Snapshot:
-        """The state after `done` steps. Collective where a frozen parameter has to be gathered."""
+        """The state after `done` steps."""
         training, rank = self._training, self._training.rank
         files = {
             checkpoint.training_name(rank): self._copies(training_kinds(training)),
             checkpoint.ema_name(rank): self._copies(average_kinds(training)),
         }
-        fixed = {name: self._copy(name, whole) for name, whole in training.engine.fixed_tensors(training.flow_map)}
+        fixed = {name: self._copy(name, tensor) for name, tensor in training.engine.buffers().items()}
         if rank == 0:
             files[checkpoint.FIXED_FILE] = fixed
         if feed := training.feed.state():
@@ -101,11 +101,16 @@ def state_of(training: Training, done: int, figures: Mapping[str, float]) -> che
 
 
 def _model_entries(training: Training) -> Iterator[tuple[str, str]]:
-    """The name in the engine's module behind each entry of the flow map's state dict, shared weights under one."""
+    """The name in the engine's module behind each entry of the flow map's state dict, shared weights under one.
+
+    Without frozen weights, which are those of whatever model they were taken from.
+    """
     module, flow_map = training.engine.module, training.flow_map
     prefix = next(name for name, part in module.named_modules() if part is flow_map)
     trained = {id(parameter): name for name, parameter in training.engine.parameters().items()}
     for name, tensor in flow_map.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            continue
         yield name, trained.get(id(tensor), f"{prefix}.{name}")
 
 

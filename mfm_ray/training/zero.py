@@ -286,22 +286,15 @@ class ZeroEngine:
             with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
                 yield name, tensor.detach()
 
-    def fixed_tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Buffers of the engine's module, and what is not trained of `module`, a part of it; whole, by their names in
-        the engine's module. Each is valid until the next is asked for. Collective: all ranks must exhaust it."""
-        import deepspeed
-
-        inside = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if isinstance(tensor, nn.Parameter) and (tensor.requires_grad or id(tensor) not in inside):
-                continue
-            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                yield name, tensor.detach()
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's buffers by name; frozen parameters are those of whatever model they were taken from."""
+        entries = self.module.state_dict(keep_vars=True).items()
+        return {name: tensor for name, tensor in entries if not isinstance(tensor, nn.Parameter)}
 
     def set_buffers(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module's buffers the values of those names; what is no buffer stays as it was built."""
-        for name, tensor in self.module.state_dict(keep_vars=True).items():
-            if name in tensors and not isinstance(tensor, nn.Parameter):
+        for name, tensor in self.buffers().items():
+            if name in tensors:
                 tensor.copy_(tensors[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:

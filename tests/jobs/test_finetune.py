@@ -26,6 +26,7 @@ from mfm_ray.finetuning import LowRank, build_method
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 from mfm_ray.storage import Storage
+from mfm_ray.training.checkpoint import read_checkpoint_model
 from mfm_ray.training.checkpoint_store import newest_checkpoint
 from mfm_ray.training.evaluation import hacked, is_better
 
@@ -266,7 +267,7 @@ def test_an_adapter_is_tuned_alone_and_merged_into_the_model(
     assert 1 <= max(ranks) <= 2
     checkpoint = newest_checkpoint(Storage(storage / name))
     assert checkpoint is not None
-    kept = safetensors.torch.load(checkpoint.storage.read_bytes("ema_model.safetensors"))
+    kept = read_checkpoint_model(checkpoint.storage).state_dict
     sizes = [tensor.numel() for key, tensor in kept.items() if ".lora_" in key]
     assert sum(sizes) == facts["tuned_parameters"]
     assert not any(".base_layer." in key for key in kept)
