@@ -4,6 +4,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import fsspec
 import pytest
@@ -37,13 +38,18 @@ def folder(tmp_path):
     return local
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """No file may grow beyond 8 KiB: the operating system's own error in the middle of a write."""
+    """No file may grow beyond 8 KiB: the operating system's own error in the middle of a write.
+
+    Not a fixture: pytest writes to its own log between a test and the end of its fixtures.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def names_in(path):
@@ -200,27 +206,24 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
         Storage(tmp_path / "runs").check_writable()
 
 
-def test_a_full_disk_keeps_the_old_file_and_leaves_no_remains(tmp_path, full_disk):
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_remains(tmp_path):
     storage = Storage(tmp_path)
     storage.write_bytes("metrics.jsonl", b"good")
-    with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: File too large"):
+    with full_disk(), pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: File too large"):
         storage.write_bytes("metrics.jsonl", bytes(100_000))
     assert names_in(tmp_path) == ["metrics.jsonl"]
     assert storage.read_bytes("metrics.jsonl") == b"good"
     for location in (storage, storage.child("new")):
-        with pytest.raises(UnusableStorageError, match="File too large"):
+        with full_disk(), pytest.raises(UnusableStorageError, match="File too large"):
             location.check_writable()
     assert names_in(tmp_path) == ["metrics.jsonl"]
 
 
-def test_a_full_disk_during_an_upload_keeps_the_old_folder(tmp_path, folder, full_disk):
+def test_a_full_disk_during_an_upload_keeps_the_old_folder(tmp_path, folder):
     storage = Storage(tmp_path / "runs")
     storage.upload_dir(folder, "model")
-    os.truncate(folder / "sub" / "a.bin", 0)
-    with open(folder / "big.bin", "wb") as sparse, pytest.raises(OSError, match="File too large"):
-        sparse.write(bytes(100_000))
     refusal = rf"cannot write {tmp_path}/runs/model/big\.bin: File too large"
-    with pytest.raises(StorageError, match=refusal), storage.replace_dir("model") as staging:
+    with full_disk(), pytest.raises(StorageError, match=refusal), storage.replace_dir("model") as staging:
         Storage(staging).write_bytes("big.bin", bytes(100_000))
     assert storage.listdir("model") == ["manifest.json", "sub"]
     assert names_in(tmp_path / "runs") == ["model"]
