@@ -79,8 +79,9 @@ class ProgressDisplay:
 
     def _watch(self) -> None:
         bar = tqdm(unit="step", dynamic_ncols=True, file=sys.stderr) if sys.stderr.isatty() else None
-        last_line, shown = 0.0, -1
-        while not self._done.wait(_POLL_S):
+        last_line, shown, ended = 0.0, -1, False
+        while not ended:  # a last look after the end: the last step may be younger than the last one
+            ended = self._done.wait(_POLL_S)
             state = self._ask()
             if state is None or state.step == shown:
                 continue
