@@ -5,6 +5,7 @@
                          "data": {"name", "kind", "event_shape", "range", "num_classes", "class_names"},
                          "cfg_scales", "training": {...}}
     README.md           model card, with the pictures beside it
+    autoencoder/        the autoencoder of a model of latents, where somebody put it there (`mfm_ray.latent_models`)
     classifier.safetensors, classifier.json   the data's own classifier, where there is one
 
 Functions import `storage` themselves, since it loads pyarrow, which `import mfm_ray` does without.
@@ -13,7 +14,8 @@ Functions import `storage` themselves, since it loads pyarrow, which `import mfm
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.latent_models import AUTO, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 
@@ -79,8 +82,11 @@ def save_model(
     return full
 
 
-def load_flow_map(source: str | Path | Storage) -> FlowMap:
+def load_flow_map(source: str | Path | Storage, *, autoencoder: str | Path | Decoding | None = AUTO) -> FlowMap:
     """The flow map of a model directory, on the CPU, in eval mode, its parameters frozen.
+
+    autoencoder: of a model of latents, whose samples are then pictures: a folder or `hf://owner/name`; "auto": the
+    model's own where it names or carries one (`mfm_ray.latent_models`); None: samples are latents.
 
     InputError naming the file for whatever is missing, truncated, of another format, or does not fit the network
     that config.json describes, tensor by tensor.
@@ -90,14 +96,13 @@ def load_flow_map(source: str | Path | Storage) -> FlowMap:
     storage = Storage(source)
     config = read_model_config(storage)
     where = storage.uri_of(CONFIG)
-    try:
-        flow_map = build_network(
-            config["network"],
-            space=DataSpace.from_config(config["data"]),
-            num_classes=int(config["data"].get("num_classes", 0)),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{where}: {_reason(error)}") from error
+    decoding = autoencoder if isinstance(autoencoder, Decoding) else Decoding(autoencoder and str(autoencoder))
+    with _described_by(where):
+        space = DataSpace.from_config(config["data"])
+    space = decoded_space(space, storage, config["data"], decoding)
+    with _described_by(where):
+        num_classes = int(config["data"].get("num_classes", 0))
+        flow_map = build_network(config["network"], space=space, num_classes=num_classes)
     load_weights(flow_map, _read(storage, WEIGHTS), where=storage.uri_of(WEIGHTS))
     return flow_map.eval().requires_grad_(False)
 
@@ -244,6 +249,15 @@ def _read_config(storage: Storage, name: str, expected: str, *, required: tuple[
         if key not in config:
             raise InputError(f"{where} has no {key!r}")
     return config
+
+
+@contextmanager
+def _described_by(where: str) -> Iterator[None]:
+    """What a description says cannot be: the file is named."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{where}: {_reason(error)}") from error
 
 
 def _read(storage: Storage, name: str) -> bytes:

@@ -79,15 +79,16 @@ class SampleScores:
         plan, space, device = self._plan, flow_map.space, next(flow_map.parameters()).device
         classes = flow_map.num_classes
         label = torch.arange(plan.num_samples, device=device) % classes if plan.labelled and classes else None
-        drawn = sample(
+        samples = sample(
             flow_map,
             num_samples=plan.num_samples,
             num_steps=plan.num_steps,
             seed=plan.seed,
             label=label,
             cfg_scale=plan.cfg_scale,
-        ).images
-        images = drawn.cpu()
+        )
+        assert samples.states is not None
+        drawn, images = samples.images, samples.images.cpu()
         figures = _scores("reward", score(_on(self._reward, device), drawn))
         for name, judge in plan.judges.items():
             figures |= _scores(f"judge.{name}", score(_on(judge, device), drawn))
@@ -98,7 +99,7 @@ class SampleScores:
             rows = space.clamp(self._data[: plan.num_samples]) if self._data.shape[1:] == images.shape[1:] else None
             if rows is not None:
                 figures["frechet_distance"] = frechet_distance(self._features(images), self._features(rows))
-        figures["drift_change"] = self._drift_change(flow_map, space.to_model_space(drawn), label)
+        figures["drift_change"] = self._drift_change(flow_map, samples.states, label)
         return figures
 
     def _features(self, images: Tensor) -> Tensor:
