@@ -44,7 +44,7 @@ class Decoder:
         require(isinstance(at_once, int) and at_once >= 1, "at_once", at_once, "an integer of at least 1")
         self._autoencoder, self.latent_shape, self.at_once = autoencoder, tuple(latent_shape), at_once
         self.image_shape = autoencoder.image_shape(self.latent_shape)
-        self._moving = threading.Lock()
+        self._turn = threading.Lock()  # several threads of one engine decode, and memory is for one of them
         self._device: torch.device | None = None
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ class Decoder:
             return latents.new_zeros(*leading, *self.image_shape)
         self._follow(rows.device)
         wants_gradient = rows.requires_grad and torch.is_grad_enabled()
-        pictures = [self._again_in_backward(part) if wants_gradient else self._decode(part) for part in self._cut(rows)]
+        decode = self._again_in_backward if wants_gradient else self._decode
+        pictures = [decode(part) for part in rows.split(self.at_once)]
         return torch.cat(pictures).reshape(*leading, *self.image_shape)
 
     def fingerprint(self) -> str:
@@ -66,21 +67,19 @@ class Decoder:
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self._autoencoder, self.latent_shape, self.at_once)
 
-    def _cut(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self.at_once)
-
     def _again_in_backward(self, part: Tensor) -> Tensor:
         pictures: Tensor = checkpoint(self._decode, part, use_reentrant=False, preserve_rng_state=False)
         return pictures
 
     def _decode(self, part: Tensor) -> Tensor:
-        if part.device.type != "cpu":
-            return self._autoencoder.decode(part)
-        # convolutions choose their kernels, and so their last bits, by the size of the batch
-        return torch.cat([self._autoencoder.decode(row) for row in part.split(1)])
+        with self._turn:
+            if part.device.type != "cpu":
+                return self._autoencoder.decode(part)
+            # convolutions choose their kernels, and so their last bits, by the size of the batch
+            return torch.cat([self._autoencoder.decode(row) for row in part.split(1)])
 
     def _follow(self, device: torch.device) -> None:
-        with self._moving:
+        with self._turn:
             if self._device != device and hasattr(self._autoencoder, "to"):
                 self._autoencoder.to(device)
             self._device = device

@@ -10,17 +10,18 @@ as diffusers writes them), which is then the one that is read: such a directory 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.decoding import AT_ONCE
 from mfm_ray.errors import InputError
-from mfm_ray.hub import is_hub
+from mfm_ray.hub import is_hub, local_folder
 
 if TYPE_CHECKING:
     from mfm_ray.autoencoder import Autoencoder
@@ -48,6 +49,10 @@ class Decoding:
         return cls(config.autoencoder, config.check_autoencoder, config.decode_at_once)
 
 
+OWN_DECODING, NO_DECODING = Decoding(), Decoding(None)
+"""By the model's own autoencoder where it has one; samples are what the model makes."""
+
+
 def autoencoder_of(model: Storage, data: Mapping[str, Any], decoding: Decoding) -> str | None:
     """Where the autoencoder is: an absolute path, a URI below the model directory, `hf://...`, or None for none.
 
@@ -65,6 +70,13 @@ def autoencoder_of(model: Storage, data: Mapping[str, Any], decoding: Decoding) 
         return model.uri_of(FOLDER)
     described = data.get("autoencoder") or {}
     return _place(model, str(described["source"])) if described.get("source") else None
+
+
+def settled(model: Storage, decoding: Decoding) -> Decoding:
+    """The same for processes elsewhere: the autoencoder by its own place, whatever the working directory."""
+    from mfm_ray.pretrained import read_model_config
+
+    return replace(decoding, autoencoder=autoencoder_of(model, read_model_config(model)["data"], decoding))
 
 
 def decoded_space(space: DataSpace, model: Storage, data: Mapping[str, Any], decoding: Decoding) -> DataSpace:
@@ -95,6 +107,30 @@ def sample_shape_of(model: Storage, data: Mapping[str, Any], decoding: Decoding)
         shape = read_outline(folder).image_shape(space.event_shape)
     _check_size(shape, data, place)
     return shape
+
+
+def autoencoder_checksum(model: Storage, decoding: Decoding) -> str | None:
+    """SHA-256 of the files of the autoencoder that a model directory is decoded by, None where there is none."""
+    from mfm_ray.autoencoder import CONFIG, WEIGHTS
+    from mfm_ray.pretrained import read_model_config
+
+    place = autoencoder_of(model, read_model_config(model)["data"], decoding)
+    if place is None:
+        return None
+    digest = hashlib.sha256()
+    with _folder(place, model, decoding) as source:
+        folder = local_folder(source, key="autoencoder", files=(CONFIG, WEIGHTS))
+        for name in (CONFIG, WEIGHTS):
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def located(model: Storage, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a model's data for another model directory: where its autoencoder is, wherever that lies."""
+    place = autoencoder_of(model, data, Decoding())
+    return (
+        dict(data) if place is None else {**data, "autoencoder": {**(data.get("autoencoder") or {}), "source": place}}
+    )
 
 
 def require_pictures(space: DataSpace, *, key: str, value: object, model: object) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
-from mfm_ray.latent_models import AUTO, Decoding, decoded_space
+from mfm_ray.latent_models import AUTO, NO_DECODING, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 
@@ -96,7 +96,7 @@ def load_flow_map(source: str | Path | Storage, *, autoencoder: str | Path | Dec
     storage = Storage(source)
     config = read_model_config(storage)
     where = storage.uri_of(CONFIG)
-    decoding = autoencoder if isinstance(autoencoder, Decoding) else Decoding(autoencoder and str(autoencoder))
+    decoding = Decoding(str(autoencoder)) if isinstance(autoencoder, str | Path) else autoencoder or NO_DECODING
     with _described_by(where):
         space = DataSpace.from_config(config["data"])
     space = decoded_space(space, storage, config["data"], decoding)

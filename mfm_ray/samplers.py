@@ -25,12 +25,12 @@ class Samples:
     """Samples of a call, one a request.
 
     images: (num_samples, *sample_shape) in data units, clamped: pictures where a decoder makes them of latents;
-    rewards: (num_samples,) float32 of those images, None when unsteered; judges: the same by name for rewards that were never optimised; nfe: network and reward calls for each
-    image, a backward pass counting as one more; calls: the same by kind; trace: value, standard_error,
-    effective_sample_size, guidance_ratio and what else the method tells, each (num_steps, num_samples), empty when
-    unsteered. When asked for: particles (num_samples, P, *sample_shape), particle_rewards (num_samples, P), and
-    particle_log_weights (num_samples, P) of a method that weighs them. states: (num_samples, *event) in model space,
-    what the images were made of, in the data's range.
+    rewards: (num_samples,) float32 of those images, None when unsteered; judges: the same by name for rewards that
+    were never optimised; nfe: network and reward calls for each image, a backward pass counting as one more; calls:
+    the same by kind; trace: value, standard_error, effective_sample_size, guidance_ratio and what else the method
+    tells, each (num_steps, num_samples), empty when unsteered. When asked for: particles (num_samples, P,
+    *sample_shape), particle_rewards (num_samples, P), and particle_log_weights (num_samples, P) of a method that
+    weighs them. states: (num_samples, *event) in model space, what the images were made of, in the data's range.
     """
 
     images: Tensor
