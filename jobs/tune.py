@@ -181,6 +181,7 @@ class ModelSampler:
         self._distances, self._heldout = distances, heldout
         bench.flow_map.to(device)
         self.classifier = bench.classifier if bench.has_classifier else None
+        self.makes_images = bench.flow_map.space.makes_images
 
     def draw(self, settings: Mapping[str, Any], *, first_image: int, count: int) -> Any:
         config = from_dict(SampleConfig, settings)

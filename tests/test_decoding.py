@@ -374,6 +374,24 @@ def test_shapes_and_checksum_are_known_without_weights(latent_model: LatentModel
     assert outline == load_autoencoder(latent_model.autoencoder).outline
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config.json is missing: not a diffusers AutoencoderKL"),
+        ("[1", "config.json is no configuration of an AutoencoderKL"),
+        ('{"_class_name": "UNet2DModel"}', "describes 'UNet2DModel', expected 'AutoencoderKL'"),
+        ('{"_class_name": "AutoencoderKL"}', "config.json is no configuration of an AutoencoderKL: KeyError"),
+    ],
+)
+def test_an_outline_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError) as refused:
+        read_outline(tmp_path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_another_autoencoder_is_refused_unless_it_is_asked_for(latent_model: LatentModel, tmp_path: Path) -> None:
     save_tiny_autoencoder(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"other weights .* were made with .*check_autoencoder=false"):
