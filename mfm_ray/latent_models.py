@@ -44,6 +44,13 @@ class Decoding:
     at_once: int = AT_ONCE
 
     @classmethod
+    def by(cls, autoencoder: str | Path | Decoding | None) -> Decoding:
+        """By what `load_flow_map` is given."""
+        if isinstance(autoencoder, Decoding):
+            return autoencoder
+        return cls(None if autoencoder is None else str(autoencoder))
+
+    @classmethod
     def of(cls, config: Any) -> Decoding:
         """From the keys of a job."""
         return cls(config.autoencoder, config.check_autoencoder, config.decode_at_once)

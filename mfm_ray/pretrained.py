@@ -14,8 +14,7 @@ Functions import `storage` themselves, since it loads pyarrow, which `import mfm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
-from mfm_ray.latent_models import AUTO, NO_DECODING, Decoding, decoded_space
+from mfm_ray.latent_models import AUTO, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 
@@ -96,14 +95,16 @@ def load_flow_map(source: str | Path | Storage, *, autoencoder: str | Path | Dec
     storage = Storage(source)
     config = read_model_config(storage)
     where = storage.uri_of(CONFIG)
-    decoding = Decoding(str(autoencoder)) if isinstance(autoencoder, str | Path) else autoencoder or NO_DECODING
-    with _described_by(where):
-        space = DataSpace.from_config(config["data"])
-    space = decoded_space(space, storage, config["data"], decoding)
-    with _described_by(where):
-        num_classes = int(config["data"].get("num_classes", 0))
-        flow_map = build_network(config["network"], space=space, num_classes=num_classes)
+    try:
+        flow_map = build_network(
+            config["network"],
+            space=DataSpace.from_config(config["data"]),
+            num_classes=int(config["data"].get("num_classes", 0)),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{where}: {_reason(error)}") from error
     load_weights(flow_map, _read(storage, WEIGHTS), where=storage.uri_of(WEIGHTS))
+    flow_map.space = decoded_space(flow_map.space, storage, config["data"], Decoding.by(autoencoder))
     return flow_map.eval().requires_grad_(False)
 
 
@@ -249,15 +250,6 @@ def _read_config(storage: Storage, name: str, expected: str, *, required: tuple[
         if key not in config:
             raise InputError(f"{where} has no {key!r}")
     return config
-
-
-@contextmanager
-def _described_by(where: str) -> Iterator[None]:
-    """What a description says cannot be: the file is named."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{where}: {_reason(error)}") from error
 
 
 def _read(storage: Storage, name: str) -> bytes:
