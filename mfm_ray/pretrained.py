@@ -117,10 +117,7 @@ def load_flow_map(
     if is_weights(place):
         flow_map = read_weights(place, ema=ema).flow_map(**facts)
         return flow_map.eval().requires_grad_(False)
-    for name, value in {**facts, "ema": ema}.items():
-        if value is not None:
-            raise InputError(f"{name}={value}: {place} is a model directory, whose config.json says it; expected none")
-    config = read_model_config(place)
+    config = read_model_config(place, ema=ema, **facts)
     where = place.uri_of(CONFIG)
     try:
         flow_map = build_network(
@@ -141,12 +138,14 @@ def read_model_config(source: str | Path | Storage, **facts: Any) -> dict[str, A
     """
     place = model_place(source)
     if is_weights(place):
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
         ema = facts.pop("ema", None)
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
         return {**head, **read_weights(place, ema=ema).config(**facts)}
     if not place.exists():
         raise InputError(f"model={place} does not exist, expected a model directory or a file of weights")
-    return _read_config(place, CONFIG, FORMAT, required=("network", "data"))
+    config = _read_config(place, CONFIG, FORMAT, required=("network", "data"))
+    _check_facts(config, facts, where=place.uri_of(CONFIG))
+    return config
 
 
 def model_place(source: str | Path | Storage, *, key: str = "model") -> Storage:
@@ -271,6 +270,19 @@ def _full_config(flow_map: FlowMap, config: Mapping[str, Any]) -> dict[str, Any]
         raise InputError(f"config.data is {described}, the flow map's is {flow_map.space} with {flow_map.num_classes}")
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
     return {**head, "network": own["network"], "interpolant": "linear", **config, "cfg_scales": own["cfg_scales"]}
+
+
+def _check_facts(config: Mapping[str, Any], facts: Mapping[str, Any], *, where: str) -> None:
+    """InputError for a keyword of bare weights that is not what config.json says itself."""
+    said = {**_mapping(config["network"]), "scale": _mapping(config["data"]).get("scale")}
+    for name, value in facts.items():
+        given = list(value) if isinstance(value, tuple) else value
+        if given is not None and said.get(name) != given:
+            raise InputError(f"{name}={value}: {where} says {said.get(name, 'nothing of it')}")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_foreign(folder: Storage) -> bool:

@@ -210,8 +210,9 @@ def test_a_model_directory_made_of_it_is_the_same_map(tmp_path):
     config = read_model_config(tmp_path / "mfm.pt", **FACTS)
     save_model(tmp_path / "model", flow_map, config={"data": config["data"], "training": {}})
     assert same(load_flow_map(tmp_path / "model"), flow_map.state_dict())
-    assert "num_heads=2" in refusal(tmp_path / "model")
-    assert "is a model directory, whose config.json says it" in refusal(tmp_path / "model")
+    assert same(load_flow_map(tmp_path / "model", cfg_scales=(2.5,), scale=0.18215, **FACTS), flow_map.state_dict())
+    assert "config.json says 2" in refusal(tmp_path / "model", num_heads=4)
+    assert "ema=False: " in refusal(tmp_path / "model", ema=False)
     # and back: its weights are bare weights in the official layout
     shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "bare.safetensors")
     assert same(load_flow_map(tmp_path / "bare.safetensors", **FACTS), flow_map.state_dict())

@@ -1,0 +1,133 @@
+"""The ImageNet recipes at toy size: official files in, `jobs.train` on two workers, `jobs.export`, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mfm_ray.data.datasets import Dataset, Split
+from mfm_ray.data.shards import write_shards
+from mfm_ray.data_space import DataSpace
+from mfm_ray.official import read_weights
+from mfm_ray.pretrained import load_flow_map, read_model_config
+from mfm_ray.storage import Storage
+from tests.networks import dit_reference as reference
+
+SIZE = {"width": 32, "depth": 2, "patch": 2, "channels": 4, "grid": 4, "classes": 5}
+FACTS = {"num_heads": 2, "encoder_depth": 1}
+TOY = [
+    "network.depth=2",
+    "network.hidden_size=32",
+    "network.num_heads=2",
+    "network.encoder_depth=1",
+    "global_batch_size=8",
+    "max_steps=3",
+    "log_every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Posteriors of latents of 8x8 with five classes, as jobs.prepare_data leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat([5 * torch.randn(40, 4, 8, 8, generator=generator), torch.full((40, 4, 8, 8), -6.0)], dim=1)
+    split = Split(rows, torch.arange(40) % 5)
+    space = DataSpace("latent", (4, 8, 8), scale=0.18215)
+    names, folder = tuple("abcde"), tmp_path_factory.mktemp("latents") / "data"
+    write_shards(folder, Dataset("images", space, {"train": split}, names, row_form="mean_log_variance"))
+    return folder
+
+
+def file_of(path: Path, **changes) -> Path:
+    torch.save(reference.random_weights(**{**SIZE, **changes}), path)
+    return path
+
+
+def begun_at(path: Path, *, time_flip: bool) -> dict[str, torch.Tensor]:
+    return load_flow_map(path, cfg_scales=[2.5], time_flip=time_flip, **FACTS).state_dict()
+
+
+def check_trained_from(run: Path, start: dict[str, torch.Tensor]) -> None:
+    """Three steps of warm-up hardly move a weight, and do move the embedders that begin silent.
+
+    The first layers of two of those say nothing at the start, and are at random: those of the run's own seed.
+    """
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    flow_map = load_flow_map(run / "model")
+    state = flow_map.state_dict()
+    random = ("s_embedder_second.mlp.0.weight", "t_cond_embedder.mlp.0.weight")
+    far = {name for name in state if not torch.allclose(state[name], start[name], atol=1e-4)}
+    assert far <= set(random)
+    assert not torch.equal(state["blocks.1.mlp.fc2.weight"], start["blocks.1.mlp.fc2.weight"])
+    assert float(state["t_cond_embedder.mlp.2.bias"].abs().max()) > 0
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_xl2_is_distilled_from_dmf_where_it_begins(run_job, tmp_path: Path, data: Path) -> None:
+    dmf = file_of(tmp_path / "dmf.pt", kind="one_time")
+    words = ["experiment=imagenet_xl2_distilled", f"init_from={dmf.name}", f"data.path={data}", *TOY]
+    done = run_job("train", *words)
+    assert done.code == 0, done.describe()
+    check_trained_from(tmp_path / "runs" / "imagenet_xl2_distilled", begun_at(dmf, time_flip=True))
+    config = read_model_config(done.artifacts["model"])
+    assert (config["network"]["time_flip"], config["cfg_scales"]) == (True, [2.5])
+    assert config["data"]["scale"] == 0.18215
+    assert config["training"]["init_from"] == dmf.name
+    assert config["training"]["precision"] == "bf16"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_b2_begins_as_sit_and_xl2_at_random_as_well(run_job, tmp_path: Path, data: Path) -> None:
+    sit = file_of(tmp_path / "sit.pt", kind="one_time", sigma=True)
+    b2 = run_job("train", "experiment=imagenet_b2", f"init_from={sit}", f"data.path={data}", *TOY)
+    assert b2.code == 0, b2.describe()
+    check_trained_from(tmp_path / "runs" / "imagenet_b2", begun_at(sit, time_flip=False))
+    xl2 = run_job("train", "experiment=imagenet_xl2", f"data.path={data}", *TOY, "zero.stage=3")
+    assert xl2.code == 0, xl2.describe()
+    assert read_model_config(xl2.artifacts["model"])["training"]["init_from"] is None
+    longer = ["experiment=imagenet_xl2", f"data.path={data}", *TOY, "zero.stage=3", "max_steps=5", "resume=true"]
+    resumed = run_job("train", *longer)
+    assert resumed.code == 0, resumed.describe()
+    assert "going on from step 3" in resumed.stdout
+    samples = run_job("sample", f"model={xl2.artifacts['model']}", "num_samples=4", "num_steps=2", "name=drawn")
+    assert samples.code == 0, samples.describe()
+
+
+def test_official_files_become_model_directories(run_job, tmp_path: Path) -> None:
+    dmf = file_of(tmp_path / "dmf.pt", kind="one_time")
+    words = [f"official.{name}={value}" for name, value in FACTS.items()]
+    done = run_job("export", f"checkpoint={dmf}", *words, "output=models/dmf")
+    assert done.code == 0, done.describe()
+    assert done.artifacts["model"] == str(tmp_path / "models" / "dmf")
+    weights = read_weights(Storage(dmf))
+    made, expected = load_flow_map(tmp_path / "models" / "dmf"), weights.flow_map(**FACTS)
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    assert done.metrics["parameters"] == sum(each.numel() for each in expected.parameters())
+    training = read_model_config(tmp_path / "models" / "dmf")["training"]
+    assert (training["weights"], training["layout"], len(training["sha256"])) == (str(dmf), "one_time", 64)
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "reason"),
+    [
+        ("train", ["experiment=imagenet_xl2", "init_from=nan.pt"], "nan.pt: pos_embed holds NaN or infinity"),
+        ("export", ["checkpoint=nan.pt"], "nan.pt: encoder_depth=20: expected 1 to 2"),
+    ],
+)
+def test_bad_files_are_one_line_before_anything_starts(run_job, tmp_path, data, job, words, reason) -> None:
+    weights = torch.load(file_of(tmp_path / "dmf.pt", kind="one_time"), weights_only=True)
+    weights["pos_embed"][0, 0, 0] = float("nan")
+    torch.save(weights, tmp_path / "nan.pt")
+    toy = [f"data.path={data}", *TOY] if job == "train" else []
+    done = run_job(job, words[0], *toy, *words[1:])
+    assert done.code == 2, done.describe()
+    (line,) = done.stderr.strip().splitlines()
+    assert reason in line
+    assert "ray" not in done.stdout.lower()
