@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mfm_ray.errors import InputError
-from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
+from mfm_ray.pretrained import CLASSIFIER_CONFIG, model_place, read_model_config
 from mfm_ray.storage import Storage
 
 
@@ -72,7 +72,7 @@ def _own_id(source: str) -> str:
 
 
 def _read(name: str, source: str) -> ModelCard:
-    storage = Storage(source)
+    storage = model_place(source)
     config = read_model_config(storage)
     data = config["data"]
     shape = tuple(int(size) for size in data.get("event_shape", ()))

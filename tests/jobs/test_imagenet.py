@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from jobs.sample_shards import model_checksum
+from jobs.workbench import Workbench
 from mfm_ray.data.datasets import Dataset, Split
 from mfm_ray.data.shards import write_shards
 from mfm_ray.data_space import DataSpace
 from mfm_ray.official import read_weights
-from mfm_ray.pretrained import load_flow_map, read_model_config
+from mfm_ray.pretrained import load_flow_map, model_place, read_model_config
 from mfm_ray.storage import Storage
+from mfm_ray.training.finetune_launch import outline_of
+from mfm_ray.training.tuned_model import weights_sha256
 from tests.networks import dit_reference as reference
 
 SIZE = {"width": 32, "depth": 2, "patch": 2, "channels": 4, "grid": 4, "classes": 5}
@@ -96,8 +101,9 @@ def test_b2_begins_as_sit_and_xl2_at_random_as_well(run_job, tmp_path: Path, dat
     resumed = run_job("train", *longer)
     assert resumed.code == 0, resumed.describe()
     assert "going on from step 3" in resumed.stdout
-    samples = run_job("sample", f"model={xl2.artifacts['model']}", "num_samples=4", "num_steps=2", "name=drawn")
-    assert samples.code == 0, samples.describe()
+    for number, model in enumerate((xl2.artifacts["model"], file_of(tmp_path / "mfm.pt", width=64, depth=20))):
+        drawn = run_job("sample", f"model={model}", "num_samples=4", "num_steps=2", f"name=drawn-{number}")
+        assert drawn.code == 0, drawn.describe()
 
 
 def test_official_files_become_model_directories(run_job, tmp_path: Path) -> None:
@@ -112,6 +118,18 @@ def test_official_files_become_model_directories(run_job, tmp_path: Path) -> Non
     assert done.metrics["parameters"] == sum(each.numel() for each in expected.parameters())
     training = read_model_config(tmp_path / "models" / "dmf")["training"]
     assert (training["weights"], training["layout"], len(training["sha256"])) == (str(dmf), "one_time", 64)
+
+
+def test_jobs_take_bare_weights_for_a_model(tmp_path: Path) -> None:
+    """A file of which the shapes and the values of XL/2 say all: what jobs ask of a model directory, they get."""
+    path = file_of(tmp_path / "mfm.pt", width=64, depth=20)
+    bench = Workbench(str(path))
+    assert (bench.flow_map.event_shape, bench.flow_map.num_classes) == ((4, 8, 8), 5)
+    assert not bench.has_classifier
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert model_checksum(model_place(path)) == weights_sha256(model_place(path)) == digest
+    outline = outline_of(read_model_config(path)).config()
+    assert outline == bench.flow_map.config()
 
 
 @pytest.mark.parametrize(
