@@ -6,7 +6,6 @@ say, is in `networks/dit_layouts.py`; what they do not say is asked for by keywo
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import re
@@ -34,6 +33,19 @@ SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", SAFETENSORS)
 LATENT_SCALE = 0.18215
 """Model units in a unit of Stable Diffusion's latents, which all published files were trained on."""
 _DATA = "imagenet"
+_NODES = ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode")
+_SETTINGS = (
+    "argparse.Namespace",  # of SiT's checkpoints
+    "omegaconf.dictconfig.DictConfig",  # of Lightning's, in a project configured by Hydra, and what it is made of
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    *(f"omegaconf.nodes.{name}" for name in _NODES),
+    "collections.defaultdict",
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str")),
+)
+"""Classes of the settings that training scripts save beside weights; `_Settings` stands for each, none is imported."""
 _BLOCK = 1 << 24
 
 
@@ -121,6 +133,18 @@ def only_weights_in(folder: Storage) -> Storage:
     return folder.child(names[0])
 
 
+class _Settings(dict[Any, Any]):
+    """What an object of settings becomes: an empty mapping, whatever its pickle hands over. Nothing of it is run."""
+
+    def __new__(cls, *args: Any) -> _Settings:
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _NamedErrors:
     """Puts the file before what is wrong with it."""
 
@@ -153,8 +177,7 @@ def _torch(place: Storage) -> Any:
     source: Any = io.BytesIO(place.read_bytes("")) if local is None else str(local)
     mmap = local is not None and zipfile.is_zipfile(local)
     try:
-        # the options of a training script, which SiT's checkpoints carry: a record of attributes without code
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([(_Settings, name) for name in _SETTINGS]):
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap or None)
     except Exception as error:
         text = str(error)

@@ -83,6 +83,9 @@ def test_what_a_recipe_names_can_be_built(experiment: str) -> None:
     with torch.device("meta"):
         network = build_network(config.network, space=space, num_classes=1000)
     build_objective(config.objective, teacher=network if needs_teacher(config.objective) else None)
+    sizes = {"imagenet_b2": 134_847_760, "imagenet_xl2": 684_286_864, "imagenet_xl2_distilled": 684_286_864}
+    if experiment in sizes:  # as published, with the 256 fixed positions
+        assert sum(tensor.numel() for tensor in network.state_dict().values()) == sizes[experiment]
     split_batch(config.global_batch_size, num_workers=8, micro_batch_size=config.micro_batch_size)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from mfm_ray.errors import InputError
@@ -65,6 +66,10 @@ PACKINGS = {
         "state_dict": prefixed(weights, "model.model.dit."),
         "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]}],
         "hyper_parameters": {"lr": 1e-4},
+    },
+    "lightning checkpoint configured by hydra": lambda weights: {
+        "state_dict": prefixed(weights, "model.model.dit."),
+        "hyper_parameters": OmegaConf.create({"lr": 1e-4, "layers": [1, 2], "name": "mfm", "nested": {"flag": True}}),
     },
     "SiT's own checkpoint": lambda weights: {
         "model": {name: torch.zeros_like(tensor) for name, tensor in weights.items()},

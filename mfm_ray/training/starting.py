@@ -100,7 +100,8 @@ def _config_of(place: Storage) -> dict[str, Any]:
 
 
 def _check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, where: str) -> None:
-    for name in sorted((ours.keys() | theirs.keys()) - set(_FROM_DATA)):
-        if ours.get(name) != theirs.get(name):
-            wanted, given = json.dumps(theirs.get(name)), json.dumps(ours.get(name))
+    """What only one of them says is of another version; missing tensors would show."""
+    for name in sorted((ours.keys() & theirs.keys()) - set(_FROM_DATA)):
+        if ours[name] != theirs[name]:
+            wanted, given = json.dumps(theirs[name]), json.dumps(ours[name])
             raise InputError(f"network.{name}={given}: init_from={where} has {wanted}")
