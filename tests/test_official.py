@@ -169,7 +169,8 @@ def test_heads_and_encoder_of_a_published_size_are_its_own(hidden, depth, expect
 
 
 def test_a_dmf_file_and_a_sit_file_are_told_apart(tmp_path):
-    dmf = mfm(kind="one_time") | {"logvar_linear.weight": torch.zeros(1, 3)}
+    of_training = {"logvar_linear.weight": torch.zeros(1, 3), "projectors.0.0.weight": torch.zeros(4, 32)}
+    dmf = mfm(kind="one_time") | of_training
     flow_map = load_flow_map(saved(tmp_path / "dmf.pt", prefixed(dmf, "module.")), **FACTS)
     assert flow_map.config()["time_flip"]
     sit = mfm(kind="one_time", sigma=True)
@@ -248,6 +249,7 @@ DAMAGES = {
         without("guidance_embedder.embedding_table.weight"),
         "lacks guidance_embedder.embedding_table.weight",
     ),
+    "of another training": (with_tensor("logvar_linear.weight", torch.zeros(1)), "has logvar_linear.weight that this"),
     "one extra": (with_tensor("head.weight", torch.zeros(2)), "has head.weight that this layout does not know"),
     "a block left out": (
         lambda weights: {key: tensor for key, tensor in weights.items() if not key.startswith("blocks.1.")},

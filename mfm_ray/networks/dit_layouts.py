@@ -36,8 +36,9 @@ LEARNED_SIGMA = "a variance beside the velocity (learned sigma), as SiT's files 
 _OUTER = ("x_cond_embedder.", "x_cond_adaLN.", "t_cond_embedder.")
 _SECOND = ("s_embedder.", "s_embedder_second.", "t_embedder_second.", "guidance_embedder.")
 _OF_MFM = (*_OUTER, *_SECOND)
-_IGNORED = ("logvar_linear.", "n_averaged")
-"""Of the training alone: DMF's learned loss weights, the counter of torch's AveragedModel."""
+_COUNTER = "n_averaged"  # of torch's AveragedModel
+_OF_TRAINING = ("logvar_linear.", "projectors.")
+"""Beside weights of one time embedder, for their training alone: DMF's loss weights, the projections of REPA."""
 _PUBLISHED_HEADS = {(384, 12): 6, (768, 12): 12, (1024, 24): 16, (1152, 28): 16}
 _PUBLISHED_ENCODERS = {(768, 12): 8, (1152, 28): 20}
 _NUM_HEADS, _ENCODER_DEPTH, _CFG_SCALES = 16, 20, (2.5,)  # of XL/2
@@ -140,7 +141,10 @@ def unwrap(content: Any, *, ema: bool | None = None) -> dict[str, Tensor]:
         if name in tensors:
             raise InputError(f"{key}: a second tensor of the name {name}")
         tensors[name] = value
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_IGNORED)}
+    tensors.pop(_COUNTER, None)
+    if _kind(tensors) == "mfm":
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_OF_TRAINING)}
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -154,7 +158,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     if positions != (1, grid * grid, hidden) or grid < 1:
         raise InputError(f"pos_embed has shape {positions}, expected (1, side * side, {hidden}) of a square grid")
     outputs, of_velocity = _shaped(tensors, "final_layer.linear.weight", 2)[0], patch * patch * channels
-    kind = "mfm" if any(name.startswith(_OF_MFM) for name in tensors) else "one_time"
+    kind = _kind(tensors)
     if outputs not in (of_velocity, 2 * of_velocity) or (kind == "mfm" and outputs != of_velocity):
         raise InputError(
             f"final_layer.linear.weight has {outputs} rows, expected {of_velocity}: {channels} channels in patches of "
@@ -245,6 +249,10 @@ def _expected(layout: Layout) -> dict[str, tuple[int, ...]]:
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
             kept[name] = (2 * shapes[name][0], *shapes[name][1:])
     return kept
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str:
+    return "mfm" if any(name.startswith(_OF_MFM) for name in tensors) else "one_time"
 
 
 def _open(content: Any, names: Sequence[str]) -> Mapping[str, Any]:

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import jobs.export
 from jobs.sample_shards import model_checksum
 from jobs.workbench import Workbench
+from mfm_ray.config import load_config
 from mfm_ray.data.datasets import Dataset, Split
 from mfm_ray.data.shards import write_shards
 from mfm_ray.data_space import DataSpace
+from mfm_ray.errors import InputError
 from mfm_ray.official import read_weights
 from mfm_ray.pretrained import load_flow_map, model_place, read_model_config
 from mfm_ray.storage import Storage
@@ -106,10 +109,16 @@ def test_b2_begins_as_sit_and_xl2_at_random_as_well(run_job, tmp_path: Path, dat
         assert drawn.code == 0, drawn.describe()
 
 
-def test_official_files_become_model_directories(run_job, tmp_path: Path) -> None:
-    dmf = file_of(tmp_path / "dmf.pt", kind="one_time")
+def test_official_files_of_the_hub_become_model_directories(run_job, tmp_path: Path) -> None:
+    """The hub's own cache below HF_HOME holds a repository of one file; there is no network."""
+    commit, cached = 40 * "a", tmp_path / "hf" / "hub" / "models--owner--name"
+    for folder in ("refs", f"snapshots/{commit}"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    dmf = file_of(cached / "snapshots" / commit / "dmf.pt", kind="one_time")
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     words = [f"official.{name}={value}" for name, value in FACTS.items()]
-    done = run_job("export", f"checkpoint={dmf}", *words, "output=models/dmf")
+    done = run_job("export", "checkpoint=hf://owner/name", *words, "output=models/dmf", env=offline)
     assert done.code == 0, done.describe()
     assert done.artifacts["model"] == str(tmp_path / "models" / "dmf")
     weights = read_weights(Storage(dmf))
@@ -117,7 +126,7 @@ def test_official_files_become_model_directories(run_job, tmp_path: Path) -> Non
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     assert done.metrics["parameters"] == sum(each.numel() for each in expected.parameters())
     training = read_model_config(tmp_path / "models" / "dmf")["training"]
-    assert (training["weights"], training["layout"], len(training["sha256"])) == (str(dmf), "one_time", 64)
+    assert (training["weights"], training["layout"], len(training["sha256"])) == ("hf://owner/name", "one_time", 64)
 
 
 def test_jobs_take_bare_weights_for_a_model(tmp_path: Path) -> None:
@@ -132,20 +141,32 @@ def test_jobs_take_bare_weights_for_a_model(tmp_path: Path) -> None:
     assert outline == bench.flow_map.config()
 
 
-@pytest.mark.parametrize(
-    ("job", "words", "reason"),
-    [
-        ("train", ["experiment=imagenet_xl2", "init_from=nan.pt"], "nan.pt: pos_embed holds NaN or infinity"),
-        ("export", ["checkpoint=nan.pt"], "nan.pt: encoder_depth=20: expected 1 to 2"),
-    ],
-)
-def test_bad_files_are_one_line_before_anything_starts(run_job, tmp_path, data, job, words, reason) -> None:
+def test_a_bad_file_is_one_line_before_anything_starts(run_job, tmp_path: Path, data: Path) -> None:
     weights = torch.load(file_of(tmp_path / "dmf.pt", kind="one_time"), weights_only=True)
     weights["pos_embed"][0, 0, 0] = float("nan")
     torch.save(weights, tmp_path / "nan.pt")
-    toy = [f"data.path={data}", *TOY] if job == "train" else []
-    done = run_job(job, words[0], *toy, *words[1:])
+    done = run_job("train", "experiment=imagenet_xl2", "init_from=nan.pt", f"data.path={data}", *TOY)
     assert done.code == 2, done.describe()
     (line,) = done.stderr.strip().splitlines()
-    assert reason in line
-    assert "ray" not in done.stdout.lower()
+    assert "nan.pt: pos_embed holds NaN or infinity" in line
+    assert not (tmp_path / "runs" / "imagenet_xl2" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["checkpoint=cut.pt"], "cut.pt: truncated or no file of torch.save"),
+        (["checkpoint=mfm.pt", "official.encoder_depth=3"], "mfm.pt: encoder_depth=3: expected 1 to 2"),
+        (["checkpoint=mfm.pt", "ema_decay=0.9"], "ema_decay=0.9: .*mfm.pt is no checkpoint of a run"),
+        (["checkpoint=no.pt"], "no.pt: does not exist, expected a checkpoint folder"),
+        (["checkpoint=folder", "official.num_heads=2"], "official.num_heads=2: checkpoint=folder is no official file"),
+        (["checkpoint=hf://owner"], "checkpoint=hf://owner: expected hf://owner/name"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(tmp_path: Path, monkeypatch, words: list[str], reason: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    content = file_of(tmp_path / "mfm.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=reason):
+        jobs.export.check(load_config("export", words))
