@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import jobs.export
+import jobs.train
 from jobs.sample_shards import model_checksum
 from jobs.workbench import Workbench
 from mfm_ray.config import load_config
@@ -141,15 +142,22 @@ def test_jobs_take_bare_weights_for_a_model(tmp_path: Path) -> None:
     assert outline == bench.flow_map.config()
 
 
-def test_a_bad_file_is_one_line_before_anything_starts(run_job, tmp_path: Path, data: Path) -> None:
+def test_a_bad_file_is_named_before_anything_starts(tmp_path: Path, monkeypatch, data: Path) -> None:
+    """`check` is what `jobs.train` looks at before it writes or starts anything; its ValueErrors are exit code 2."""
+    monkeypatch.chdir(tmp_path)
     weights = torch.load(file_of(tmp_path / "dmf.pt", kind="one_time"), weights_only=True)
     weights["pos_embed"][0, 0, 0] = float("nan")
     torch.save(weights, tmp_path / "nan.pt")
-    done = run_job("train", "experiment=imagenet_xl2", "init_from=nan.pt", f"data.path={data}", *TOY)
-    assert done.code == 2, done.describe()
-    (line,) = done.stderr.strip().splitlines()
-    assert "nan.pt: pos_embed holds NaN or infinity" in line
-    assert not (tmp_path / "runs" / "imagenet_xl2" / "checkpoints").exists()
+    recipe = [f"data.path={data}", *TOY]
+    jobs.train.check(load_config("train", ["experiment=imagenet_xl2_distilled", *recipe, "init_from=dmf.pt"]))
+    for words, reason in (
+        (["experiment=imagenet_xl2", "init_from=nan.pt"], "nan.pt: pos_embed holds NaN or infinity"),
+        (["experiment=imagenet_xl2_distilled", "init_from=nan.pt"], "nan.pt: pos_embed holds NaN or infinity"),
+        (["experiment=imagenet_b2", "init_from=no.pt"], "init_from=.*no.pt does not exist"),
+        (["experiment=imagenet_b2", "init_from=dmf.pt", "network.hidden_size=64"], "network.hidden_size=64: .* has 32"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            jobs.train.check(load_config("train", [words[0], *recipe, *words[1:]]))
 
 
 @pytest.mark.parametrize(
