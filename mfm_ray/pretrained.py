@@ -5,6 +5,7 @@
                          "data": {"name", "kind", "event_shape", "range", "num_classes", "class_names"},
                          "cfg_scales", "training": {...}}
     README.md           model card, with the pictures beside it
+    autoencoder/        the autoencoder of a model of latents, where somebody put it there (`mfm_ray.latent_models`)
     classifier.safetensors, classifier.json   the data's own classifier, where there is one
 
 Functions import `storage` themselves, since it loads pyarrow, which `import mfm_ray` does without.
@@ -26,6 +27,7 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.hub import is_hub, local_folder
+from mfm_ray.latent_models import AUTO, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.official import SUFFIXES, is_weights, only_weights_in, read_weights
@@ -91,6 +93,7 @@ def load_flow_map(
     time_flip: bool | None = None,
     scale: float | None = None,
     ema: bool | None = None,
+    autoencoder: str | Path | Decoding | None = AUTO,
 ) -> FlowMap:
     """The flow map of a model directory or a file of bare weights, on the CPU, in eval mode, its parameters frozen.
 
@@ -103,11 +106,14 @@ def load_flow_map(
     scale: model units in one unit of the autoencoder's latents, 0.18215. ema: averaged weights (True), those beside
     them (False); None: the averaged ones where the file has both.
 
+    autoencoder: of a model of latents, whose samples are then pictures: a folder or `hf://owner/name`; "auto": the
+    model's own where it names or carries one (`mfm_ray.latent_models`); None: samples are latents.
+
     InputError naming the file for whatever is missing, truncated, of another format, or does not fit the network
     tensor by tensor, and for keywords that contradict it.
     """
     place = model_place(source)
-    facts = {
+    facts: dict[str, Any] = {
         "num_heads": num_heads,
         "encoder_depth": encoder_depth,
         "cfg_scales": cfg_scales,
@@ -115,9 +121,17 @@ def load_flow_map(
         "scale": scale,
     }
     if is_weights(place):
-        flow_map = read_weights(place, ema=ema).flow_map(**facts)
-        return flow_map.eval().requires_grad_(False)
-    config = read_model_config(place, ema=ema, **facts)
+        file = read_weights(place, ema=ema)
+        flow_map, data = file.flow_map(**facts), file.config(**facts)["data"]
+    else:
+        config = read_model_config(place, ema=ema, **facts)
+        flow_map, data = _of_directory(place, config), config["data"]
+    flow_map.space = decoded_space(flow_map.space, place, data, Decoding.by(autoencoder))
+    return flow_map.eval().requires_grad_(False)
+
+
+def _of_directory(place: Storage, config: Mapping[str, Any]) -> FlowMap:
+    """The network that config.json of a model directory describes, with its weights."""
     where = place.uri_of(CONFIG)
     try:
         flow_map = build_network(
@@ -128,7 +142,7 @@ def load_flow_map(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where}: {_reason(error)}") from error
     load_weights(flow_map, _read(place, WEIGHTS), where=place.uri_of(WEIGHTS))
-    return flow_map.eval().requires_grad_(False)
+    return flow_map
 
 
 def read_model_config(source: str | Path | Storage, **facts: Any) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def teacher_location(objective: Mapping[str, Any]) -> TeacherPlace | None:
     source = facts.pop("source", None)
     is_place = isinstance(source, str)
     require(is_place, "objective.teacher", "null" if source is None else source, "a model directory or weights file")
-    refuse_unknown_arguments(facts, load_flow_map, group="objective.teacher", supplied=("source",), further=("source",))
+    refuse_unknown_arguments(
+        facts, load_flow_map, group="objective.teacher", supplied=("source", "autoencoder"), further=("source",)
+    )
     return TeacherPlace(str(absolute(source)), facts)
 
 
@@ -78,7 +80,7 @@ def load_teacher(location: TeacherPlace | None, *, precision: str, device: torch
     """The frozen teacher on this worker's device, in the precision of the training."""
     if location is None:
         return None
-    teacher = load_flow_map(location.source, **location.facts).to(device)
+    teacher = load_flow_map(location.source, autoencoder=None, **location.facts).to(device)
     return AutocastFlowMap(teacher) if precision == "bf16" else teacher
 
 
