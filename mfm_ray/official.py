@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.data_space import DataSpace
-from mfm_ray.errors import InputError
+from mfm_ray.errors import InputError, require
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
 from mfm_ray.networks.dit_layouts import Layout, as_flow_map, check_finite, check_tensors, layout_of, unwrap
@@ -61,6 +61,7 @@ class WeightsFile:
         """What config.json of a model directory would say. scale: of the latents; facts: of `Layout.network`."""
         with self._named():
             network = self.layout.network(**facts)
+            require(scale is None or isinstance(scale, int | float), "scale", scale, "a number")
             space = DataSpace("latent", self.layout.event_shape, scale=LATENT_SCALE if scale is None else scale)
         classes = self.layout.num_classes
         data = {"name": _DATA, **space.config(), "num_classes": classes, "class_names": []}

@@ -168,6 +168,23 @@ def test_heads_and_encoder_of_a_published_size_are_its_own(hidden, depth, expect
     assert (layout.event_shape, layout.num_classes, network["cfg_scales"]) == ((4, 32, 32), 1000, [2.5])
 
 
+@pytest.mark.slow
+def test_a_file_of_the_size_of_xl_2_is_read_without_a_keyword(tmp_path):
+    """313 tensors with 684,286,864 numbers in half precision, as a Lightning module names them."""
+    weights = {
+        f"model.model.dit.{name}": tensor.bfloat16()
+        for name, tensor in reference.random_weights(width=1152, depth=28, grid=16, classes=1000).items()
+    }
+    assert len(weights) == 313
+    path = saved(tmp_path / "mfm-xl2.pt", {"state_dict": weights})
+    flow_map = load_flow_map(path)
+    path.unlink()
+    state = flow_map.state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == 684_286_864
+    assert (flow_map.num_heads, flow_map.encoder_depth, flow_map.time_flip) == (16, 20, True)
+    assert all(torch.equal(state[name.removeprefix("model.model.dit.")].bfloat16(), weights[name]) for name in weights)
+
+
 def test_a_dmf_file_and_a_sit_file_are_told_apart(tmp_path):
     of_training = {"logvar_linear.weight": torch.zeros(1, 3), "projectors.0.0.weight": torch.zeros(4, 32)}
     dmf = mfm(kind="one_time") | of_training
@@ -311,6 +328,14 @@ def test_what_does_not_fit_is_named(tmp_path, damage):
         ({"cfg_scales": [1.5, 2.5]}, "guidance_embedder.embedding_table.weight has 2 rows, expected 1 scales"),
         ({"cfg_scales": []}, "cfg_scales=[]: guidance_embedder"),
         ({"cfg_scales": [float("nan")]}, "expected numbers above 0"),
+        ({"cfg_scales": 2.5}, "cfg_scales=2.5: expected a list of numbers"),
+        ({"cfg_scales": "2"}, "cfg_scales=2: expected a list of numbers"),
+        ({"num_heads": "2"}, "num_heads=2: expected a whole number"),
+        ({"num_heads": 0}, "num_heads=0: expected a divisor"),
+        ({"encoder_depth": 1.5}, "encoder_depth=1.5: expected a whole number"),
+        ({"time_flip": "yes"}, "time_flip=yes: expected true or false"),
+        ({"ema": "yes"}, "ema=yes: expected true, false or null"),
+        ({"scale": "wide"}, "scale=wide: expected a number"),
         ({"scale": 0.0}, "scale=0.0"),
     ],
 )

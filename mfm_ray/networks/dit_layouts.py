@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mfm_ray.data_space import DataSpace
-from mfm_ray.errors import InputError
+from mfm_ray.errors import InputError, require
 from mfm_ray.networks.dit import DiTFlowMap
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "dit.", "net.")
@@ -85,6 +85,9 @@ class Layout:
         size = (self.hidden_size, self.depth)
         heads = _PUBLISHED_HEADS.get(size, _NUM_HEADS) if num_heads is None else num_heads
         encoder = _PUBLISHED_ENCODERS.get(size, _ENCODER_DEPTH) if encoder_depth is None else encoder_depth
+        for name, value in (("num_heads", heads), ("encoder_depth", encoder)):
+            require(type(value) is int, name, value, "a whole number")
+        require(time_flip is None or isinstance(time_flip, bool), "time_flip", time_flip, "true or false")
         if heads < 1 or self.hidden_size % heads:
             raise InputError(f"num_heads={heads}: expected a divisor of the file's hidden size {self.hidden_size}")
         if not 1 <= encoder <= self.depth:
@@ -106,9 +109,10 @@ class Layout:
         if given is None:
             scales = [] if self.guidance_rows == 1 else [float(scale) for scale in _CFG_SCALES]
         else:
+            is_list = isinstance(given, Sequence) and all(isinstance(scale, int | float) for scale in given)
+            require(is_list, "cfg_scales", given, "a list of numbers")
             scales = [float(scale) for scale in given]
-        if not all(math.isfinite(scale) and scale > 0 for scale in scales):
-            raise InputError(f"cfg_scales={scales}: expected numbers above 0")
+        require(all(math.isfinite(scale) and scale > 0 for scale in scales), "cfg_scales", scales, "numbers above 0")
         if self.guidance_rows is not None and len(scales) + 1 != self.guidance_rows:
             raise InputError(
                 f"cfg_scales={scales}: guidance_embedder.embedding_table.weight has {self.guidance_rows} rows, "
@@ -124,6 +128,7 @@ def unwrap(content: Any, *, ema: bool | None = None) -> dict[str, Tensor]:
     ema: averaged weights (True), those beside them (False), or (None) the averaged ones where there are any. InputError
     where there is nothing of the kind, or two tensors of one name.
     """
+    require(ema is None or isinstance(ema, bool), "ema", ema, "true, false or null")
     entries = {False: dict(_open(content, CONTAINERS)), True: dict(_open(content, EMA_CONTAINERS))}
     for key in [key for key in entries[False] if _bare(key)[1]]:
         entries[True][key] = entries[False].pop(key)
