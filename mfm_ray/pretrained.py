@@ -194,9 +194,7 @@ def save_classifier(
 
 def load_classifier(model_dir: str | Path | Storage) -> DigitClassifier:
     """The classifier of a model directory, on the CPU, in eval mode, frozen; refusals as in `load_flow_map`."""
-    from mfm_ray.storage import Storage
-
-    storage = Storage(model_dir)
+    storage = model_place(model_dir)
     if not storage.exists(CLASSIFIER_CONFIG):
         raise InputError(f"{storage.uri_of(CLASSIFIER_CONFIG)} is missing: this model comes without a classifier")
     config = _read_config(storage, CLASSIFIER_CONFIG, CLASSIFIER_FORMAT, required=("num_classes", "event_shape"))

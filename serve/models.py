@@ -112,7 +112,9 @@ def _read(name: str, source: str, decoding: Decoding) -> ModelCard:
 
 def _portable(source: str, storage: Storage) -> str:
     """The place as replicas should look for it: absolute, but relative within a working directory that Ray unpacked,
-    which lies elsewhere on every node."""
+    which lies elsewhere on every node; one of the hub is in every node's own cache."""
+    if is_hub(source):
+        return source
     unpacked = "/runtime_resources/" in os.getcwd()
     return source if unpacked and "://" not in source and not os.path.isabs(source) else storage.uri
 

@@ -8,7 +8,7 @@ import torch
 
 from mfm_ray import hub
 from mfm_ray.errors import InputError
-from mfm_ray.pretrained import load_flow_map, model_place, save_model
+from mfm_ray.pretrained import load_classifier, load_flow_map, model_place, save_model
 from tests.networks import dit_reference as reference
 
 pytest.importorskip("huggingface_hub")
@@ -111,6 +111,8 @@ def test_a_repository_that_is_a_model_directory_is_read_as_one(cache, tmp_path):
     save_model(tmp_path / "model", flow_map, config={"data": described})
     for file in (tmp_path / "model").iterdir():
         put(cache, file.name, lambda blob, file=file: blob.write_bytes(file.read_bytes()))
+    with pytest.raises(InputError, match="comes without a classifier"):
+        load_classifier(ADDRESS)
     again = load_flow_map(ADDRESS)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in flow_map.state_dict().items())
 
