@@ -97,7 +97,7 @@ class DecodingConfig:
         "of a model of latents: folder or hf://owner/name; auto: the model's own; null: none, samples are latents"
     )
     check_autoencoder: bool = setting("refuse an autoencoder that the model's latents were not made with")
-    decode_at_once: int = setting("pictures that are in the autoencoder at a time; bounds memory", minimum=1)
+    decode_at_once: int = setting("pictures that are in the autoencoder at a time, on a GPU; bounds memory", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)

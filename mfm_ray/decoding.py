@@ -24,9 +24,6 @@ class LatentDecoder(Protocol):
     def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(C, H, W) of the picture of a latent of shape (c, h, w)."""
 
-    def fingerprint(self) -> str:
-        """Which autoencoder it is."""
-
 
 class Decoder:
     """Pictures of latents: x = decode(z), for any number of them.
@@ -55,11 +52,10 @@ class Decoder:
         self._follow(rows.device)
         wants_gradient = rows.requires_grad and torch.is_grad_enabled()
         decode = self._again_in_backward if wants_gradient else self._decode
-        pictures = [decode(part) for part in rows.split(self.at_once)]
+        # on a CPU one by one: convolutions choose their kernels, and so their last bits, by the size of the batch
+        size = 1 if rows.device.type == "cpu" else self.at_once
+        pictures = [decode(part) for part in rows.split(size)]
         return torch.cat(pictures).reshape(*leading, *self.image_shape)
-
-    def fingerprint(self) -> str:
-        return self._autoencoder.fingerprint()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
         return self  # nothing here ever changes but the device, and flow maps are copied to be trained
@@ -73,10 +69,7 @@ class Decoder:
 
     def _decode(self, part: Tensor) -> Tensor:
         with self._turn:
-            if part.device.type != "cpu":
-                return self._autoencoder.decode(part)
-            # convolutions choose their kernels, and so their last bits, by the size of the batch
-            return torch.cat([self._autoencoder.decode(row) for row in part.split(1)])
+            return self._autoencoder.decode(part)
 
     def _follow(self, device: torch.device) -> None:
         with self._turn:

@@ -60,7 +60,7 @@ class SamplerSettings(Replicas):
         description="batches in flight, so that sampler and rewards overlap; null: 1, and 2 while rewards take long",
     )
     decode_at_once: PositiveInt = Field(
-        default=4, description="pictures that are in the autoencoder of a model of latents at a time; bounds memory"
+        default=4, description="pictures that are in the autoencoder of a model of latents at a time, on a GPU"
     )
     slow_reward_s: PositiveFloat = Field(
         default=0.5, description="seconds after which a step waits for a reward apart from requests that do not use it"

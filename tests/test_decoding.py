@@ -131,9 +131,6 @@ class LinearDecoder(nn.Module):
     def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
         return self.SHAPE
 
-    def fingerprint(self) -> str:
-        return "linear"
-
 
 class LatentMixture(FlowMap):
     """The exact flow map of a Gaussian mixture of the plane, whose states are called latents (2, 1, 1)."""

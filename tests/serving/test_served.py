@@ -115,8 +115,10 @@ def served(
         }
     )
     serve.run(build_app(settings), name=APP, route_prefix="/")
-    client = openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120)
-    with httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+    with (
+        openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120) as client,
+        httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http,
+    ):
         yield Served(serve_url, client, http, models, str(presets))
 
 
