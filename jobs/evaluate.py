@@ -17,6 +17,7 @@ def check(config: EvaluateConfig) -> None:
     from jobs.evaluation import evaluator, needs_model
     from jobs.recipe import training_config
     from jobs.train import check as check_training
+    from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
 
     protocol = build_protocol(config.protocol)
@@ -35,7 +36,7 @@ def check(config: EvaluateConfig) -> None:
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
     data = None if config.data_path is None else Storage(config.data_path)
-    evaluator(protocol.name).load(Storage(config.model), data)
+    evaluator(protocol.name).load(model_place(config.model), data)
 
 
 def _check_nothing_trained(config: EvaluateConfig) -> None:
@@ -48,6 +49,7 @@ def _check_nothing_trained(config: EvaluateConfig) -> None:
 def body(run: JobRun) -> Outcome:
     from jobs.evaluation import command_line, evaluate_model, needs_model
     from jobs.recipe import model_of_recipe, training_config
+    from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
 
     began = time.monotonic()
@@ -57,7 +59,7 @@ def body(run: JobRun) -> Outcome:
         return evaluate_model(run, protocol, None, None, command=command, began=began)
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
-        return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
+        return evaluate_model(run, protocol, model_place(config.model), data, command=command, began=began)
     trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
     return evaluate_model(
         run,

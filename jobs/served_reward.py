@@ -10,7 +10,6 @@ from mfm_ray.config import FinetuneConfig
 from mfm_ray.errors import InputError
 from mfm_ray.latent_models import Decoding, settled
 from mfm_ray.settings import nearest
-from mfm_ray.storage import Storage
 
 _PIXELS = 2**24
 """Of an image among the parameters; there is none in a configuration."""
@@ -35,11 +34,12 @@ class ServedReward:
     @classmethod
     def of(cls, config: FinetuneConfig) -> ServedReward:
         """InputError for parameters that the served rewards do not take."""
+        from mfm_ray.pretrained import model_place
         from serve.models import read_models
 
         assert config.reward_app is not None
         assert config.model is not None
-        decoding = settled(Storage(config.model), Decoding.of(config))
+        decoding = settled(model_place(config.model), Decoding.of(config))
         (own_id,) = read_models(config.model, decoding)
         model = config.reward_model or own_id
         served = cls(config.reward_app, model, config.model, config.reward, config.seed, decoding)

@@ -96,6 +96,7 @@ def sweep_sampling(run: JobRun) -> Outcome:
 
 
 def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int, Any]:
+    from mfm_ray.pretrained import model_place
     from mfm_ray.training.launch import wait_for_resources
     from mfm_ray.tuning.sweep import is_complete, run_sweep
     from mfm_ray.tuning.trial import TrialSpec
@@ -115,7 +116,7 @@ def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int
                 workers.device,
                 wanted_distances(config),
                 config.data_path,
-                settled(Storage(str(config.model)), Decoding.of(config)),
+                settled(model_place(str(config.model)), Decoding.of(config)),
             ),
             rungs=plan.pruning.rungs,
             pictures=run.storage.child(PICTURES),

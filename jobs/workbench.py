@@ -11,14 +11,14 @@ from mfm_ray.storage import Storage
 
 
 class Workbench:
-    """A model directory in memory; what else it holds (classifier, held-out data) is read when first asked for."""
+    """A model in memory; what else its directory holds (classifier, held-out data) is read when first asked for."""
 
     def __init__(self, model: str | None, decoding: Decoding = OWN_DECODING) -> None:
-        from mfm_ray.pretrained import load_flow_map
+        from mfm_ray.pretrained import load_flow_map, model_place
 
         if model is None:
             raise InputError("model=null: expected a model directory")
-        self.model = Storage(model)
+        self.model = model_place(model)
         self.flow_map = load_flow_map(self.model, autoencoder=decoding)
         self._heldout: dict[str | None, Any] = {}
 

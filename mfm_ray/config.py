@@ -141,6 +141,9 @@ class TrainConfig(TrainingConfig):
     data: DataConfig = setting("training data")
     augmentation: AugmentationConfig = setting("jitter of training images")
     network: dict[str, Any] = setting("network by name, with its constructor's arguments")
+    init_from: str | None = setting(
+        "weights to begin with: a model directory, or an official MFM, DMF or SiT file; null: at random"
+    )
     objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
     classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
 
@@ -196,8 +199,23 @@ class PrepareDataConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfficialConfig:
+    """What the shapes of bare weights do not say."""
+
+    num_heads: int | None = setting("attention heads; null: of the published size, else 16", minimum=1)
+    encoder_depth: int | None = setting("blocks of the encoder; null: of the published size, else 20", minimum=1)
+    cfg_scales: list[float] | None = setting("guidance scales of the rows after the first; null: [2.5]", above=0)
+    time_flip: bool | None = setting("the network's time runs from data to noise; null: unless it is a SiT")
+    scale: float | None = setting("model units in one unit of the latents; null: 0.18215", above=0)
+    ema: bool | None = setting("averaged weights, or those beside them; null: the averaged where there are any")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(JobConfig):
-    checkpoint: str | None = setting("checkpoint folder, or the folder of a training run: its newest")
+    checkpoint: str | None = setting(
+        "checkpoint folder, the folder of a training run: its newest; or an official MFM, DMF or SiT file, or hf://"
+    )
+    official: OfficialConfig = setting("of an official file alone")
     ema_decay: float | None = setting(
         "which moving average, by its decay; null: the first of the run's ema_decay", minimum=0, below=1
     )

@@ -11,7 +11,7 @@ from typing import Any
 from mfm_ray.errors import InputError
 from mfm_ray.hub import is_hub
 from mfm_ray.latent_models import AUTO, NO_DECODING, OWN_DECODING, Decoding, sample_shape_of
-from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
+from mfm_ray.pretrained import CLASSIFIER_CONFIG, model_place, read_model_config
 from mfm_ray.storage import Storage
 
 
@@ -81,7 +81,7 @@ def _own_id(source: str) -> str:
 
 
 def _read(name: str, source: str, decoding: Decoding) -> ModelCard:
-    storage = Storage(source)
+    storage = model_place(source)
     config = read_model_config(storage)
     data = config["data"]
     if data.get("kind") != "latent":
@@ -112,7 +112,9 @@ def _read(name: str, source: str, decoding: Decoding) -> ModelCard:
 
 def _portable(source: str, storage: Storage) -> str:
     """The place as replicas should look for it: absolute, but relative within a working directory that Ray unpacked,
-    which lies elsewhere on every node."""
+    which lies elsewhere on every node; one of the hub is in every node's own cache."""
+    if is_hub(source):
+        return source
     unpacked = "/runtime_resources/" in os.getcwd()
     return source if unpacked and "://" not in source and not os.path.isabs(source) else storage.uri
 

@@ -38,6 +38,7 @@ from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.progress import ProgressDisplay
 from mfm_ray.training.sample_grid import can_be_shown
 from mfm_ray.training.session import Measure, Plan
+from mfm_ray.training.starting import absolute
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 from mfm_ray.training.trackers import check_trackers
 
@@ -159,7 +160,7 @@ def run_training(
     model = model_config(typed, manifest)
     check_images(typed, manifest)
     check_teacher(typed.objective, manifest)
-    task = Pretraining(teacher=teacher_location(typed.objective))
+    task = Pretraining(teacher=teacher_location(typed.objective), start=absolute(typed.init_from))
     added = additions or Additions()
     plan = Plan(
         config={**config, "autoencoder": autoencoder_of_pictures(typed, model["data"], data, log)},

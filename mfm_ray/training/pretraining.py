@@ -18,12 +18,12 @@ from mfm_ray.flow_map import FlowMap
 from mfm_ray.latent_models import Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.objectives import build_objective
-from mfm_ray.storage import Storage
 from mfm_ray.training.feed import BatchFeed, TrainingData
 from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.sample_grid import can_be_shown, draw_steps
+from mfm_ray.training.starting import begin_at
 from mfm_ray.training.task import Work
-from mfm_ray.training.teacher import load_teacher
+from mfm_ray.training.teacher import TeacherPlace, load_teacher
 from mfm_ray.training.zero import BatchSplit, ZeroEngine
 
 if TYPE_CHECKING:
@@ -32,18 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The task of `jobs.train`. teacher: the model directory that is distilled, or None."""
+    """The task of `jobs.train`. teacher: the model that is distilled, or None; start: `init_from`, as workers
+    find it."""
 
     config_type: ClassVar[type[Any]] = TrainConfig
-    teacher: Storage | None = None
+    teacher: TeacherPlace | None = None
+    start: str | None = None
 
     def begin(self, plan: Plan, config: TrainConfig, device: torch.device) -> PretrainingWork:
         teacher = load_teacher(self.teacher, precision=config.precision, device=device)
-        return PretrainingWork(plan, config, build_flow_map(plan, config).to(device), teacher, device)
+        flow_map = begin_at(build_flow_map(plan, config), self.start)
+        return PretrainingWork(plan, config, flow_map.to(device), teacher, device)
 
 
 class PretrainingWork(Work):
-    """A network at initialisation and its objective."""
+    """A network at its start and its objective."""
 
     def __init__(
         self, plan: Plan, config: TrainConfig, flow_map: FlowMap, teacher: FlowMap | None, device: torch.device

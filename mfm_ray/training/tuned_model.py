@@ -14,6 +14,7 @@ from mfm_ray.errors import InputError
 from mfm_ray.finetuning import build_adapter
 from mfm_ray.latent_models import located
 from mfm_ray.networks.tuned import TunedFlowMap
+from mfm_ray.official import is_weights, sha256_of
 from mfm_ray.pretrained import (
     CLASSIFIER_CONFIG,
     WEIGHTS,
@@ -57,7 +58,9 @@ python -m jobs.train experiment=... objective=lagrangian_teacher objective.teach
 
 
 def weights_sha256(model: Storage) -> str:
-    """SHA-256 of the weights of a model directory. InputError when there are none."""
+    """SHA-256 of the weights of a model directory, or of a file of bare weights. InputError when there are none."""
+    if is_weights(model):
+        return sha256_of(model)
     if not model.is_file(WEIGHTS):
         raise InputError(f"{model.uri_of(WEIGHTS)} is missing")
     return hashlib.sha256(model.read_bytes(WEIGHTS)).hexdigest()
