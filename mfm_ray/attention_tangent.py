@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Elements of a score matrix that exist at once: on a CPU what its caches hold, on a GPU what fills it (256 MB)."""
 
-_Parts = tuple[Tensor | None, ...]
+_Parts = tuple[Any, ...]
 
 
 def attention_tangent(
@@ -54,14 +55,12 @@ def attention_tangent(
 
 
 def _in_images(inputs: _Parts, size: int) -> Iterator[_Parts]:
-    assert inputs[0] is not None
     for first in range(0, inputs[0].shape[0], size):
         yield tuple(None if part is None else part[first : first + size] for part in inputs)
 
 
 def _in_queries(inputs: _Parts, size: int) -> Iterator[_Parts]:
     query, query_tangent, *rest = inputs
-    assert query is not None
     for first in range(0, query.shape[-2], size):
         some = slice(first, first + size)
         yield query[:, :, some], None if query_tangent is None else query_tangent[:, :, some], *rest

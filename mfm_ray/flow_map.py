@@ -67,6 +67,15 @@ class FlowMap(nn.Module, ABC):
         """The same map computed in float32, whatever autocast it is wrapped in."""
         return self
 
+    def recompute_activations(self, on: bool = True) -> None:
+        """Keep less for the backward pass and compute it again there, or no longer; nothing else changes.
+
+        ValueError from a network that has no blocks to do so with.
+        """
+        if on:
+            name = self.config()["name"]
+            raise ValueError(f"activation_checkpointing=true: network {name} has no blocks for it; expected false")
+
     def forward(
         self,
         x_s: Tensor,

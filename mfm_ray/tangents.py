@@ -11,7 +11,8 @@ parameters of a block while they are gathered for the value.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -57,14 +58,26 @@ def pushforward(
     Raises TangentError for an operation without a forward-mode derivative and for operations in place.
     """
     duals = [Dual(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True)]
-    token = _differentiable.set(differentiable)
-    try:
+    with tangents_recorded(differentiable):
         out = function(*duals)
-    finally:
-        _differentiable.reset(token)
     if not isinstance(out, Dual):  # it does not depend on the inputs
         return out, torch.zeros_like(out)
     return out.primal, out.tangent
+
+
+def records_tangents() -> bool:
+    """Whether the `pushforward` that is under way keeps a graph through its tangents (`differentiable`)."""
+    return _differentiable.get()
+
+
+@contextmanager
+def tangents_recorded(differentiable: bool) -> Iterator[None]:
+    """Operations on `Dual`s keep a graph through their tangents, or none."""
+    token = _differentiable.set(differentiable)
+    try:
+        yield
+    finally:
+        _differentiable.reset(token)
 
 
 def central_difference(

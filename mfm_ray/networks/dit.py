@@ -20,6 +20,7 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.attention import attention
 from mfm_ray.networks.guidance import guidance_index
+from mfm_ray.networks.recomputation import recomputed
 
 _FREQUENCIES = 128
 
@@ -135,6 +136,7 @@ class DiTFlowMap(FlowMap):
     """
 
     pos_embed: Tensor
+    _recompute = False  # how it is computed, not what it is: no part of its config
 
     def __init__(
         self,
@@ -188,9 +190,15 @@ class DiTFlowMap(FlowMap):
         encoder = self.s_embedder(s) + self.t_embedder(u) + shared + self._guidance_row(cfg_scale, s)
         decoder = self.s_embedder_second(s) + self.t_embedder_second(u) + shared  # no guidance here, as in the original
         for index, block in enumerate(self.blocks):
-            h = block(h, (encoder if index < self.encoder_depth else decoder).unsqueeze(1))
+            h = self._run(block, h, (encoder if index < self.encoder_depth else decoder).unsqueeze(1))
         output = self._unpatchify(self.final_layer(h, decoder.unsqueeze(1)))
         return -output if self.time_flip else output
+
+    def recompute_activations(self, on: bool = True) -> None:
+        self._recompute = on
+
+    def _run(self, block: Block, h: Tensor, c: Tensor) -> Tensor:
+        return recomputed(block, h, c) if self._recompute else block(h, c)
 
     def posterior_spread(self, t: Tensor) -> Tensor:
         variance = self.data_std**2
