@@ -93,7 +93,7 @@ def plan_shards(num_samples: int, shard_size: int) -> list[Shard]:
 def deciding_settings(config: SampleConfig) -> dict[str, Any]:
     """Everything that the samples depend on; batch_size and the number of workers are none of it."""
     sampler = ("num_steps", "dynamics", "order", "max_nfe", "preset", "label", "cfg_scale")
-    keys = ("seed", "num_samples", "shard_size", *sampler)
+    keys = ("seed", "num_samples", "shard_size", "precision", "execution", *sampler)
     scores = [config.reward, {"parts": config.judges}]
     data = {place: _data_checksum(place) for reward in scores for place in _data_places(reward)}
     return {

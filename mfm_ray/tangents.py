@@ -70,6 +70,11 @@ def records_tangents() -> bool:
     return _differentiable.get()
 
 
+def has_tangent(*inputs: Any) -> bool:
+    """Whether a forward derivative is being taken: one of the inputs is a `Dual`, or torch's own mode is on."""
+    return forward_ad._current_level >= 0 or any(isinstance(each, Dual) for each in inputs)
+
+
 @contextmanager
 def tangents_recorded(differentiable: bool) -> Iterator[None]:
     """Operations on `Dual`s keep a graph through their tangents, or none."""

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.computation import AutocastFlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import EulerianTerm, Objective, Tangent, TrainingStates, named_objective
 from mfm_ray.objectives.conditions import average_velocity
 from mfm_ray.samplers import sample
 from mfm_ray.steering import GradientGuidance
-from mfm_ray.training.loss_module import AutocastFlowMap, LossModule
+from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.zero import build_optimizer
 
 CFG_SCALES = (2.5,)

@@ -26,7 +26,7 @@ _FREQUENCIES = 128
 
 
 class TimestepEmbedder(nn.Module):
-    """Raw time in [0, 1], (B,), to (B, width): cos and sin at 10000^(-k/128), then two linear layers."""
+    """Raw time in [0, 1], (B,), to (B, width): cos and sin at 10000^(-k/128), two linear layers; all in float32."""
 
     frequencies: Tensor
 
@@ -37,9 +37,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        angle = time.float().unsqueeze(-1) * self.frequencies
-        features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
-        return self.mlp(features)
+        with torch.autocast(time.device.type, enabled=False):  # bfloat16 would take times 0.04 apart for one
+            angle = time.float().unsqueeze(-1) * self.frequencies
+            features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+            return self.mlp(features)
 
 
 class TableEmbedder(nn.Module):
@@ -120,7 +121,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(_normalise(h, shift, scale))
+        normal = _normalise(h, shift, scale)
+        with torch.autocast(normal.device.type, enabled=False):
+            return self.linear(normal)
 
 
 class DiTFlowMap(FlowMap):

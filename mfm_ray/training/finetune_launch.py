@@ -50,7 +50,9 @@ def check_finetuning(config: FinetuneConfig) -> None:
     check_model(config.model, read_model_config(config.model))
     if config.reward.get("name") == "none":
         raise InputError("reward=none: expected a reward to tune towards")
-    build_adapter(config.adapter).check(outline_of(read_model_config(config.model)))
+    outline = outline_of(read_model_config(config.model))
+    build_adapter(config.adapter).check(outline)
+    outline.recompute_activations(config.activation_checkpointing)
     check_data(config, read_model_config(config.model)["data"])
     check_evaluation(config)
 

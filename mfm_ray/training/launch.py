@@ -104,6 +104,11 @@ def check_training(config: TrainingConfig) -> None:
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     ema_decays(config.ema_decay)
     check_trackers(config.trackers)
+    if config.execution == "compiled" and config.zero.stage == 3:
+        raise InputError(
+            "execution=compiled: a compiled network cannot gather its weights layer by layer as zero.stage=3 does; "
+            "expected zero.stage=0, 1 or 2, or execution=eager"
+        )
 
 
 def check_images(config: TrainConfig, data: Manifest) -> None:
@@ -236,6 +241,7 @@ def model_config(config: TrainConfig, data: Manifest) -> dict[str, Any]:
     """The config.json of the model; the network is built once on no device, so that a mistake shows here."""
     with torch.device("meta"):
         flow_map = build_network(config.network, space=data.space, num_classes=data.num_classes)
+    flow_map.recompute_activations(config.activation_checkpointing)
     return {
         "network": flow_map.config(),
         "interpolant": "linear",

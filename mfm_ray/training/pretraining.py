@@ -35,7 +35,7 @@ class Pretraining:
     teacher: Storage | None = None
 
     def begin(self, plan: Plan, config: TrainConfig, device: torch.device) -> PretrainingWork:
-        teacher = load_teacher(self.teacher, precision=config.precision, device=device)
+        teacher = load_teacher(self.teacher, precision=config.precision, execution=config.execution, device=device)
         return PretrainingWork(plan, config, build_flow_map(plan, config).to(device), teacher, device)
 
 
@@ -50,7 +50,8 @@ class PretrainingWork(Work):
         self.flow_map = flow_map
         self.terms = [weighted.term for weighted in objective.terms]
         self.columns = ["loss", *(f"squared_error.{term.name}" for term in self.terms)]
-        self.module = LossModule(flow_map, objective.to(device), precision=config.precision)
+        flow_map.recompute_activations(config.activation_checkpointing)
+        self.module = LossModule(flow_map, objective.to(device), precision=config.precision, execution=config.execution)
 
     def data(self, split: BatchSplit, *, rank: int, device: torch.device) -> TrainingData:
         jitter = AffineJitter(**vars(self._config.augmentation))
