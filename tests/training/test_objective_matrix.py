@@ -73,6 +73,10 @@ CASES = [
     *(Case(name, accumulation=accumulation) for name in sorted(OBJECTIVES) for accumulation in ACCUMULATIONS),
     *(Case(name, precision="bf16") for name in sorted(OBJECTIVES)),
     *(Case(name, network="dit") for name in ("eulerian", "lagrangian_teacher", "semigroup")),
+    *(
+        Case(name, network="dit", words=("activation_checkpointing=true",))
+        for name in ("eulerian", "lagrangian_teacher", "semigroup")
+    ),
     Case("semigroup", words=("objective.diagonal_weighting.name=learned",)),
     Case("eulerian_teacher", words=("objective.teacher_guidance=plain", "objective.diagonal=teacher")),
     Case("eulerian", words=("objective.tangent=finite_difference",)),
@@ -248,6 +252,38 @@ def group_of(folder: Path) -> Callable[[int, int], dict[str, dict[str, Any]]]:
         return torch.load(file, weights_only=True)
 
     return run
+
+
+COMPILED = [
+    Case("semigroup", network="dit", words=("execution=compiled",)),
+    Case("eulerian_teacher", network="dit", words=("execution=compiled", "activation_checkpointing=true")),
+]
+
+
+def compiled_worker(rank: int, folder: str) -> None:
+    """The stages that may compile, one after the other in a group of one."""
+    warnings.simplefilter("ignore")
+    pretraining.build_flow_map = perturbed_flow_map
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-compiled", rank=0, world_size=1)
+    for stage in (0, 1, 2):
+        torch.compiler.reset()
+        results = {str(case): run_case(case, Path(folder), stage, 1) for case in COMPILED}
+        results["programs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        torch.save(results, Path(folder) / f"compiled-{stage}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_it_stands(folder: Path) -> None:
+    torch.multiprocessing.spawn(compiled_worker, (str(folder),), nprocs=1)
+    for stage in (0, 1, 2):
+        results = torch.load(folder / f"compiled-{stage}.pt", weights_only=True)
+        assert results["programs"] > 0
+        for case in COMPILED:
+            expected = run_reference(case, folder)
+            assert_near(results[str(case)]["weights"], expected["weights"], case.tolerances)
+            assert_near(results[str(case)]["gradients"][0], expected["gradients"][0], case.tolerances)
 
 
 def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerances: tuple[float, float]) -> None:
