@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class FlowMap(nn.Module, ABC):
         self.space = space
         self.num_classes = num_classes
         self.cfg_scales = cfg_scales
+
+    recomputes: ClassVar[bool] = False
+    """Whether `recompute_activations` may be asked for."""
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -70,11 +73,10 @@ class FlowMap(nn.Module, ABC):
     def recompute_activations(self, on: bool = True) -> None:
         """Keep less for the backward pass and compute it again there, or no longer; nothing else changes.
 
-        ValueError from a network that has no blocks to do so with.
+        ValueError from a network that cannot (`recomputes`).
         """
         if on:
-            name = self.config()["name"]
-            raise ValueError(f"activation_checkpointing=true: network {name} has no blocks for it; expected false")
+            raise ValueError(f"{type(self).__name__} has no blocks to compute again")
 
     def forward(
         self,

@@ -139,6 +139,7 @@ class DiTFlowMap(FlowMap):
     """
 
     pos_embed: Tensor
+    recomputes = True
     _recompute = False  # how it is computed, not what it is: no part of its config
 
     def __init__(

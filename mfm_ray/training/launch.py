@@ -19,7 +19,7 @@ from mfm_ray.data import datasets
 from mfm_ray.data.shards import Manifest, read_manifest, write_shards
 from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
-from mfm_ray.networks import build_network
+from mfm_ray.networks import build_network, check_recomputation
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
@@ -87,6 +87,7 @@ def check_config(config: TrainConfig) -> None:
     """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
     check_training(config)
     check_objective(config.objective)
+    check_recomputation(config.network, wanted=config.activation_checkpointing)
     if config.data.path is None and not is_bundled(config.data.name):
         raise InputError(
             f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
@@ -241,7 +242,6 @@ def model_config(config: TrainConfig, data: Manifest) -> dict[str, Any]:
     """The config.json of the model; the network is built once on no device, so that a mistake shows here."""
     with torch.device("meta"):
         flow_map = build_network(config.network, space=data.space, num_classes=data.num_classes)
-    flow_map.recompute_activations(config.activation_checkpointing)
     return {
         "network": flow_map.config(),
         "interpolant": "linear",

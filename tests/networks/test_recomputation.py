@@ -111,5 +111,5 @@ def test_torch_func_goes_through() -> None:
 def test_a_network_without_blocks_refuses_by_name() -> None:
     network = build_network({"name": "residual_mlp", "width": 8, "num_blocks": 1}, space=DataSpace("coordinates", (2,)))
     network.recompute_activations(False)
-    with pytest.raises(ValueError, match="activation_checkpointing=true: network residual_mlp has no blocks for it"):
+    with pytest.raises(ValueError, match="ResidualMLPFlowMap has no blocks to compute again"):
         network.recompute_activations()
