@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from benchmarks.on_device.report import Column, Row, Section, number, spread
 from benchmarks.on_device.timing import Call, Fitted, Spread, peak_memory, ratio
 from benchmarks.on_device.training_sections import counted_flops
 from benchmarks.on_device.workloads import DRAWS_A_STATE
-from mfm_ray.networks import dit
 from mfm_ray.networks.attention import written_out_attention
 from mfm_ray.networks.computation import computed
 
@@ -44,16 +42,13 @@ class Form:
         return within
 
 
-@contextmanager
-def float32_attention() -> Iterator[None]:
-    """The transformer's attention as scores, softmax and weights, whole matrices in float32."""
+def float32_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores, softmax and weights as whole matrices in float32."""
+    with torch.autocast(query.device.type, enabled=False):
+        return written_out_attention(query.float(), key.float(), value.float()).to(query.dtype)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            return written_out_attention(query.float(), key.float(), value.float()).to(query.dtype)
 
-    with mock.patch.object(dit, "attention", attend):
-        yield
+in_float32 = partial(workloads.attention_as, float32_attention)
 
 
 def fast_section(bench: Bench) -> Section:
@@ -88,7 +83,7 @@ def fast_section(bench: Bench) -> Section:
 def _training_forms(bench: Bench) -> list[Form]:
     state = bench.training()
     step = partial(state.step, workloads.build_objective(OBJECTIVE, state.network))
-    return [Form("library", step), Form(EAGER, step, float32_attention)]
+    return [Form("library", step), Form(EAGER, step, in_float32)]
 
 
 def _draw_forms(bench: Bench) -> list[Form]:
@@ -101,7 +96,7 @@ def _draw_forms(bench: Bench) -> list[Form]:
     return [
         Form("library", draws("eager")),
         Form("graphs", draws("graphs")),
-        Form(EAGER, draws("eager"), float32_attention),
+        Form(EAGER, draws("eager"), in_float32),
     ]
 
 
