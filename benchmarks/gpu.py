@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.on_device.bench import Bench
+from benchmarks.on_device.fast_sections import fast_section
 from benchmarks.on_device.kernel_sections import COMPILED, PROFILED, compile_section, profile_section
 from benchmarks.on_device.progress import Progress
 from benchmarks.on_device.report import Report, Section, device_facts, slug
@@ -34,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 REPEATS = 7
 _SECONDS = {"cuda": 7.0, "cpu": 0.7}  # of one figure, all repeats together
 _FORMS = 2  # of the Eulerian objective
+_FAST_FORMS = 5  # two of the training step, three of draws
 
 # compilation last: what it may break is measured by then
 SECTIONS: tuple[tuple[Callable[[Bench], Section], int], ...] = (
@@ -42,6 +44,7 @@ SECTIONS: tuple[tuple[Callable[[Bench], Section], int], ...] = (
     (draws_section, len(KINDS)),
     (steering_section, len(NUM_DRAWS)),
     (profile_section, len(PROFILED)),
+    (fast_section, _FAST_FORMS),
     (compile_section, len(COMPILED)),
 )
 """Each section, and how many parts its progress has."""

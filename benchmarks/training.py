@@ -27,12 +27,14 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
+from benchmarks.on_device.workloads import attention_as
 from mfm_ray.config import TrainConfig, load_config, to_dict
 from mfm_ray.data import Batch, SampleOrder, data_moments, digits
 from mfm_ray.data.shards import write_shards
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
+from mfm_ray.networks.attention import written_out_attention
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import Objective, Tangent, TrainingStates, named_objective
 from mfm_ray.objectives.conditions import average_velocity
@@ -108,7 +110,8 @@ class RecordedTangent(Tangent):
         *,
         differentiable: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        value, tangent = torch.func.jvp(average_velocity(flow_map, states), point, directions)
+        with attention_as(written_out_attention):
+            value, tangent = torch.func.jvp(average_velocity(flow_map, states), point, directions)
         self.kept = [value, tangent]
         return value, tangent.detach()
 

@@ -63,7 +63,7 @@ def body(run: JobRun) -> Outcome:
     """Makes the shards that are not there yet, and says where all of them are and what they amount to."""
     config: SampleConfig = run.config
     bench = Workbench(config.model, Decoding.of(config))
-    flow_map, (steering, judges) = bench.flow_map, bench.build(config)
+    flow_map, (steering, judges) = bench.computed(config), bench.build(config)
     settings = deciding_settings(config)
     shards = plan_shards(config.num_samples, config.shard_size)
     book = _Book(run, settings, shards)

@@ -96,7 +96,7 @@ def deciding_settings(config: SampleConfig) -> dict[str, Any]:
     from mfm_ray.pretrained import model_place
 
     sampler = ("num_steps", "dynamics", "order", "max_nfe", "preset", "label", "cfg_scale")
-    keys = ("seed", "num_samples", "shard_size", *sampler)
+    keys = ("seed", "num_samples", "shard_size", "precision", "execution", *sampler)
     scores = [config.reward, {"parts": config.judges}]
     data = {place: _data_checksum(place) for reward in scores for place in _data_places(reward)}
     model = model_place(config.model or "")

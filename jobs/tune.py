@@ -190,7 +190,9 @@ class ModelSampler:
         for module in (getattr(steering, "reward", None), *judges.values()):
             if hasattr(module, "to"):
                 module.to(self._device)
-        drawn = draw_samples(self._bench.flow_map, steering, judges, config, first_image=first_image, count=count)
+        drawn = draw_samples(
+            self._bench.computed(config), steering, judges, config, first_image=first_image, count=count
+        )
         if drawn.rewards is not None and not bool(drawn.rewards.isfinite().all()):
             raise InputError("reward: not finite for some of the samples")
         return dataclasses.replace(drawn, images=drawn.images.cpu(), states=None, trace={})

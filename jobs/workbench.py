@@ -21,6 +21,7 @@ class Workbench:
         self.model = model_place(model)
         self.flow_map = load_flow_map(self.model, autoencoder=decoding)
         self._heldout: dict[str | None, Any] = {}
+        self._computed: dict[tuple[str, str], Any] = {}
 
     @cached_property
     def classifier(self) -> Any:
@@ -34,6 +35,15 @@ class Workbench:
         from mfm_ray.pretrained import CLASSIFIER_WEIGHTS
 
         return self.model.is_file(CLASSIFIER_WEIGHTS)
+
+    def computed(self, config: SampleConfig) -> Any:
+        """The flow map as the configuration wants it computed; made once, where the weights are now."""
+        from mfm_ray.networks.computation import computed
+
+        way = (config.precision, config.execution)
+        if way not in self._computed:
+            self._computed[way] = computed(self.flow_map, precision=config.precision, execution=config.execution)
+        return self._computed[way]
 
     def build(self, config: SampleConfig) -> tuple[Any, dict[str, Any]]:
         """Steering method (None: unsteered) and judges by name."""

@@ -120,6 +120,10 @@ class TrainingConfig(JobConfig, DecodingConfig):
         below=1,
     )
     precision: str = setting("arithmetic of the network", choices=("fp32", "bf16"))
+    execution: str = setting(
+        "how the network is computed: eager, or compiled by torch.compile", choices=("eager", "compiled")
+    )
+    activation_checkpointing: bool = setting("keep a block's inputs alone and compute it again in the backward pass")
     zero: ZeroConfig = setting("sharding")
     scaling: ScalingConfig = setting("workers and their resources")
     faults: FaultsConfig = setting("what is waited for, and for how long")
@@ -249,6 +253,12 @@ class SampleConfig(JobConfig, DecodingConfig):
     label: int | None = setting("class of all samples; null: unconditional", minimum=0)
     cfg_scale: float | None = setting("classifier-free guidance; null: none")
     batch_size: int = setting("samples that share one network call", minimum=1)
+    precision: str = setting("arithmetic of the network", choices=("fp32", "bf16"))
+    execution: str = setting(
+        "how the network is computed: eager, compiled by torch.compile, or graphs (CUDA graphs of calls that need no "
+        "gradient; on a CPU as eager)",
+        choices=("eager", "compiled", "graphs"),
+    )
     shard_size: int = setting("samples of one file, which is made and resumed as a whole", minimum=1)
     scaling: SampleScalingConfig = setting("workers and their resources")
     steering: dict[str, Any] = setting("steering method by name, with its constructor's arguments")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class FlowMap(nn.Module, ABC):
         self.num_classes = num_classes
         self.cfg_scales = cfg_scales
 
+    recomputes: ClassVar[bool] = False
+    """Whether `recompute_activations` may be asked for."""
+
     @property
     def event_shape(self) -> tuple[int, ...]:
         return self.space.event_shape
@@ -66,6 +69,14 @@ class FlowMap(nn.Module, ABC):
     def in_full_precision(self) -> FlowMap:
         """The same map computed in float32, whatever autocast it is wrapped in."""
         return self
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """Keep less for the backward pass and compute it again there, or no longer; nothing else changes.
+
+        ValueError from a network that cannot (`recomputes`).
+        """
+        if on:
+            raise ValueError(f"{type(self).__name__} has no blocks to compute again")
 
     def forward(
         self,

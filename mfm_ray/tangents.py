@@ -10,9 +10,9 @@ parameters of a block while they are gathered for the value.
 
 from __future__ import annotations
 
-import math
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
+
+from mfm_ray.attention_tangent import attention_tangent
 
 _OPERATORS = """
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __matmul__
@@ -56,14 +58,31 @@ def pushforward(
     Raises TangentError for an operation without a forward-mode derivative and for operations in place.
     """
     duals = [Dual(primal, tangent) for primal, tangent in zip(primals, tangents, strict=True)]
-    token = _differentiable.set(differentiable)
-    try:
+    with tangents_recorded(differentiable):
         out = function(*duals)
-    finally:
-        _differentiable.reset(token)
     if not isinstance(out, Dual):  # it does not depend on the inputs
         return out, torch.zeros_like(out)
     return out.primal, out.tangent
+
+
+def records_tangents() -> bool:
+    """Whether the `pushforward` that is under way keeps a graph through its tangents (`differentiable`)."""
+    return _differentiable.get()
+
+
+def has_tangent(*inputs: Any) -> bool:
+    """Whether a forward derivative is being taken: one of the inputs is a `Dual`, or torch's own mode is on."""
+    return forward_ad._current_level >= 0 or any(isinstance(each, Dual) for each in inputs)
+
+
+@contextmanager
+def tangents_recorded(differentiable: bool) -> Iterator[None]:
+    """Operations on `Dual`s keep a graph through their tangents, or none."""
+    token = _differentiable.set(differentiable)
+    try:
+        yield
+    finally:
+        _differentiable.reset(token)
 
 
 def central_difference(
@@ -431,28 +450,10 @@ def _log_softmax(op: _Operation) -> Tensor:
 
 @_rule("scaled_dot_product_attention")
 def _attention(op: _Operation) -> Tensor:
-    """The value by the fused kernel; the tangent through the weights, which it does not give out.
-
-    With P = softmax(S), S = q k^T / sqrt(d): d(P v) = (P * dS) v - rowsum(P * dS) P v + P dv.
-    """
-    query, key, value = op.args
+    """The value by the fused kernel; the tangent through the weights, which it does not give out."""
     if op.kwargs or len(op.args) != 3:
         raise TangentError("scaled_dot_product_attention with a mask, dropout or scale has no tangent rule")
-    q, k, v = (_primal(part) for part in op.args)
-    scale = 1 / math.sqrt(q.shape[-1])
-    weights = torch.softmax((q * scale) @ k.transpose(-2, -1), dim=-1)
-    scores = _matrix_tangent(query, key, scale)
-    out = None if _tangent(value) is None else weights @ value.tangent
-    if scores is None:
-        return _added(out, None)
-    weighted = weights * scores
-    moved = weighted @ v - weighted.sum(-1, keepdim=True) * op.out
-    return _added(moved, out)
-
-
-def _matrix_tangent(query: Any, key: Any, scale: float) -> Tensor | None:
-    """Derivative of scale q k^T, or None when neither moves."""
-    dq, dk = _tangent(query), _tangent(key)
-    first = None if dq is None else (dq * scale) @ _primal(key).transpose(-2, -1)
-    second = None if dk is None else (_primal(query) * scale) @ dk.transpose(-2, -1)
-    return None if first is None and second is None else _added(first, second)
+    dtype = op.out.dtype  # what autocast made of the inputs
+    query, key, value = (part.to(dtype) for part in _primals(op.args))
+    moved = (None if (tangent := _tangent(part)) is None else tangent.to(dtype) for part in op.args)
+    return attention_tangent(query, key, value, *moved)

@@ -22,7 +22,7 @@ from ray import serve
 from mfm_ray.building import build_steering
 from mfm_ray.engine import Engine, EngineClosedError, Job, Snapshot, Ticket
 from mfm_ray.engine import Finished as Samples
-from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks.computation import computed
 from mfm_ray.pretrained import load_flow_map
 from mfm_ray.rewards import RewardError
 from mfm_ray.steering import Reward, Steering, Unguided, score
@@ -126,7 +126,11 @@ class LoadedModel:
 
     def __init__(self, card: ModelCard, settings: SamplerSettings, recorder: PassRecorder) -> None:
         decoding = replace(card.decoding, at_once=settings.decode_at_once)
-        flow_map: FlowMap = load_flow_map(card.source, autoencoder=decoding).to(_device(settings))
+        flow_map = computed(
+            load_flow_map(card.source, autoencoder=decoding).to(_device(settings)),
+            precision=settings.precision,
+            execution=settings.execution,
+        )
         watch = functools.partial(recorder.note, card.id)
         self.card = card
         self.engine = Engine(

@@ -73,6 +73,12 @@ class SamplerSettings(Replicas):
         default=256, description="rows, waiting and running, that one replica is meant to have"
     )
     device: str | None = Field(default=None, description="torch device; null: cuda when there is one")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="arithmetic of the network")
+    execution: Literal["eager", "compiled", "graphs"] = Field(
+        default="eager",
+        description="how the network is computed: eager, compiled by torch.compile, or graphs (CUDA graphs of calls "
+        "that need no gradient; on a CPU as eager)",
+    )
 
 
 class RewardSettings(Replicas):

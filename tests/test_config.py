@@ -118,6 +118,7 @@ def test_choices_and_registries_name_the_same_classes() -> None:
         (["seed=-1"], "seed=-1: expected a whole number of at least 0"),
         (["seed=true"], "seed=true: expected a whole number"),
         (["ema_decay=1"], "ema_decay=1: expected a number or a list [...] of numbers of at least 0 and below 1"),
+        (["execution=graphs"], "execution=graphs: expected one of eager, compiled"),
         (["precision=fp16"], "precision=fp16: expected one of fp32, bf16; did you mean"),
         (["zero=3"], "zero=3: expected a group of keys"),
         (["zero.stage=4"], "zero.stage=4: expected one of 0, 1, 2, 3"),

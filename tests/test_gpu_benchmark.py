@@ -59,7 +59,11 @@ def test_every_objective_is_measured_and_every_number_is_finite(report: dict[str
 def test_draws_steering_both_eulerian_forms_kernels_and_compilation_are_there(report: dict[str, Any]) -> None:
     assert [row["form"] for row in rows(report, "eulerian")] == ["library", "straightforward"]
     assert len(rows(report, "draws")) == 2
+    written = "attention written out in float32"
     assert [row["num_draws"] for row in rows(report, "steering")] == [0, 1, 4, 16]
+    fast = rows(report, "fast_paths")
+    assert [row["form"] for row in fast] == ["library", written, "library", "graphs", written]
+    assert all(row["batch"] and row["seconds"] and row["slower"] for row in fast)
     assert any("addmm" in str(row) for row in rows(report, "profile"))
     assert len(rows(report, "compile")) == 3
 

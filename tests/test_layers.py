@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Layer 0 is the paper: torch and layer 0. Layer 2 knows clusters. Layer 3 are entry points. All else is layer 1.
 LAYER_0_PACKAGES = ("mfm_ray.objectives", "mfm_ray.steering")
 LAYER_0_MODULES = {
+    "mfm_ray.attention_tangent",
     "mfm_ray.data_space",
     "mfm_ray.decoding",
     "mfm_ray.errors",

@@ -18,8 +18,8 @@ from benchmarks.on_device.report import Column, Row, Section, milliseconds, numb
 from benchmarks.on_device.sampling_sections import KINDS
 from benchmarks.on_device.timing import Call, Spread, peak_memory, ratio
 from benchmarks.on_device.workloads import DRAWS_A_STATE
+from mfm_ray.networks.computation import AutocastFlowMap
 from mfm_ray.networks.dit import DiTFlowMap
-from mfm_ray.training.loss_module import AutocastFlowMap
 
 _TOP_KERNELS = 12
 _NAME_LENGTH = 90

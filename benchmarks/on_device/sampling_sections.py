@@ -10,8 +10,8 @@ from benchmarks.on_device.bench import MEMORY, MFU, OUTCOME, SECONDS, Bench, rem
 from benchmarks.on_device.report import Column, Row, Section, milliseconds, spread
 from benchmarks.on_device.timing import Call, Spread, peak_memory
 from benchmarks.on_device.workloads import DRAWS_A_STATE
+from mfm_ray.networks.computation import AutocastFlowMap
 from mfm_ray.networks.flops import forward_flops
-from mfm_ray.training.loss_module import AutocastFlowMap
 
 NUM_DRAWS = (0, 1, 4, 16)  # posterior draws a steering step; 0 is unsteered
 STEPS_TIMED, STEPS_OF_A_SAMPLE = 4, 50

@@ -7,19 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.networks import dit, unet
+from mfm_ray.networks.attention import written_out_attention
+from mfm_ray.networks.computation import AutocastFlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.objectives import EulerianTerm, Objective, Tangent, TrainingStates, named_objective
 from mfm_ray.objectives.conditions import average_velocity
 from mfm_ray.samplers import sample
 from mfm_ray.steering import GradientGuidance
-from mfm_ray.training.loss_module import AutocastFlowMap, LossModule
+from mfm_ray.training.loss_module import LossModule
 from mfm_ray.training.zero import build_optimizer
 
 CFG_SCALES = (2.5,)
@@ -151,10 +155,18 @@ class StraightforwardTangent(Tangent):
         *,
         differentiable: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        value, tangent = torch.func.jvp(average_velocity(flow_map, states), point, directions)
+        with attention_as(written_out_attention):
+            value, tangent = torch.func.jvp(average_velocity(flow_map, states), point, directions)
         # as a local variable of the loss does: the tangent's graph lives until that of the value is freed
         value.register_hook(lambda gradient, held=tangent: None)
         return value.float(), tangent.detach().float()
+
+
+@contextmanager
+def attention_as(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Transformer and UNet with another function for their attention."""
+    with mock.patch.object(dit, "attention", attend), mock.patch.object(unet, "attention", attend):
+        yield
 
 
 def mean_reward(samples: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mfm_ray.data_space import DataSpace
-from mfm_ray.errors import refuse_unknown_arguments
+from mfm_ray.errors import InputError, refuse_unknown_arguments
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.dit import DiTFlowMap
 from mfm_ray.networks.residual_mlp import ResidualMLPFlowMap
@@ -38,6 +38,17 @@ TUNED = "tuned"
 """The name of a pair of networks, {"name": "tuned", "base": {...}, "tuned": {...}}: no configuration begins there."""
 _PARTS = ("base", "tuned")
 _SUPPLIED = ("space", "num_classes", "mean", "variances", "basis")  # from the data, not from a configuration
+
+
+def check_recomputation(network: Mapping[str, Any], *, wanted: bool) -> None:
+    """InputError where activation checkpointing is wanted of a network that has no blocks for it."""
+    able = [name for name, entry in sorted(NETWORKS.items()) if getattr(entry.network, "recomputes", False)]
+    name = network.get("name")
+    if wanted and name in NETWORKS and name not in able:
+        raise InputError(
+            f"activation_checkpointing=true: network={name} has no blocks to compute again; expected false, or "
+            f"network={' or '.join(able)}"
+        )
 
 
 def build_network(

@@ -20,12 +20,13 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks.attention import attention
 from mfm_ray.networks.guidance import guidance_index
+from mfm_ray.networks.recomputation import recomputed
 
 _FREQUENCIES = 128
 
 
 class TimestepEmbedder(nn.Module):
-    """Raw time in [0, 1], (B,), to (B, width): cos and sin at 10000^(-k/128), then two linear layers."""
+    """Raw time in [0, 1], (B,), to (B, width): cos and sin at 10000^(-k/128), two linear layers; all in float32."""
 
     frequencies: Tensor
 
@@ -36,9 +37,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: Tensor) -> Tensor:
-        angle = time.float().unsqueeze(-1) * self.frequencies
-        features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
-        return self.mlp(features)
+        with torch.autocast(time.device.type, enabled=False):  # bfloat16 would take times 0.04 apart for one
+            angle = time.float().unsqueeze(-1) * self.frequencies
+            features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+            return self.mlp(features)
 
 
 class TableEmbedder(nn.Module):
@@ -119,7 +121,9 @@ class FinalLayer(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(_normalise(h, shift, scale))
+        normal = _normalise(h, shift, scale)
+        with torch.autocast(normal.device.type, enabled=False):
+            return self.linear(normal)
 
 
 class DiTFlowMap(FlowMap):
@@ -135,6 +139,8 @@ class DiTFlowMap(FlowMap):
     """
 
     pos_embed: Tensor
+    recomputes = True
+    _recompute = False  # how it is computed, not what it is: no part of its config
 
     def __init__(
         self,
@@ -188,9 +194,15 @@ class DiTFlowMap(FlowMap):
         encoder = self.s_embedder(s) + self.t_embedder(u) + shared + self._guidance_row(cfg_scale, s)
         decoder = self.s_embedder_second(s) + self.t_embedder_second(u) + shared  # no guidance here, as in the original
         for index, block in enumerate(self.blocks):
-            h = block(h, (encoder if index < self.encoder_depth else decoder).unsqueeze(1))
+            h = self._run(block, h, (encoder if index < self.encoder_depth else decoder).unsqueeze(1))
         output = self._unpatchify(self.final_layer(h, decoder.unsqueeze(1)))
         return -output if self.time_flip else output
+
+    def recompute_activations(self, on: bool = True) -> None:
+        self._recompute = on
+
+    def _run(self, block: Block, h: Tensor, c: Tensor) -> Tensor:
+        return recomputed(block, h, c) if self._recompute else block(h, c)
 
     def posterior_spread(self, t: Tensor) -> Tensor:
         variance = self.data_std**2

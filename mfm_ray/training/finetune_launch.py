@@ -18,7 +18,7 @@ from mfm_ray.errors import InputError
 from mfm_ray.finetuning import TuningMethod, WholeNetwork, build_adapter, build_method
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.latent_models import Decoding, settled
-from mfm_ray.networks import TUNED, build_network
+from mfm_ray.networks import TUNED, build_network, check_recomputation
 from mfm_ray.pretrained import CLASSIFIER_CONFIG, model_place, read_model_config
 from mfm_ray.settings import from_dict, nearest, shown
 from mfm_ray.steering import Reward
@@ -51,7 +51,9 @@ def check_finetuning(config: FinetuneConfig) -> None:
     check_model(config.model, read_model_config(config.model))
     if config.reward.get("name") == "none":
         raise InputError("reward=none: expected a reward to tune towards")
-    build_adapter(config.adapter).check(outline_of(read_model_config(config.model)))
+    model = read_model_config(config.model)
+    build_adapter(config.adapter).check(outline_of(model))
+    check_recomputation(model["network"], wanted=config.activation_checkpointing)
     check_data(config, read_model_config(config.model)["data"])
     check_evaluation(config)
 

@@ -14,13 +14,13 @@ from mfm_ray.data.augment import AffineJitter
 from mfm_ray.finetuning import DriftTargets, Tilt, build_adapter, build_method, regression_loss
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.latent_models import Decoding
+from mfm_ray.networks.computation import computed
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_flow_map
 from mfm_ray.samplers import sample
 from mfm_ray.steering import Reward
 from mfm_ray.storage import Storage
 from mfm_ray.training.feed import TrainingData
-from mfm_ray.training.loss_module import AutocastFlowMap
 from mfm_ray.training.sample_grid import can_be_shown, picture_labels, picture_size
 from mfm_ray.training.target_feed import TargetFeed, together
 from mfm_ray.training.task import Work
@@ -55,7 +55,7 @@ class Finetuning:
         if hasattr(reward, "to"):
             reward = reward.to(device)
         tilt = Tilt(
-            AutocastFlowMap(base) if config.precision == "bf16" else base,
+            computed(base, precision=config.precision, execution=config.execution),
             reward,
             multiplier=config.reward_multiplier,
             cfg_scale=config.cfg_scale,
@@ -91,12 +91,14 @@ class TuningModule(nn.Module):
         "weights.square",
     )
 
-    def __init__(self, flow_map: FlowMap, *, cfg_scale: float | None, precision: str, multiplier: float) -> None:
+    def __init__(
+        self, flow_map: FlowMap, *, cfg_scale: float | None, precision: str, multiplier: float, execution: str = "eager"
+    ) -> None:
         super().__init__()
         self.flow_map = flow_map
         self._cfg_scale, self._multiplier = cfg_scale, multiplier
         # in a tuple, so that it is not registered: the same weights must not have a second name
-        self._seen = (AutocastFlowMap(flow_map) if precision == "bf16" else flow_map,)
+        self._seen = (computed(flow_map, precision=precision, execution=execution),)
 
     def drift(self, x_t: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """The tuned drift, (B, *event) float32."""
@@ -129,6 +131,7 @@ class FinetuningWork(Work):
         self._method = build_method(config.method)
         self._adapter = build_adapter(config.adapter)
         self.flow_map = self._adapter.trainable(base, seed=config.seed)
+        self.flow_map.recompute_activations(config.activation_checkpointing)
         self.terms = [DriftCost(forward_units=1 + self._adapter.backward_units)]
         self.evaluate_every, self.stop_on_hacking = config.evaluate_every, config.stop_on_hacking
         self.columns = TuningModule.COLUMNS
@@ -136,6 +139,7 @@ class FinetuningWork(Work):
             self.flow_map,
             cfg_scale=tilt.drift_cfg_scale,
             precision=config.precision,
+            execution=config.execution,
             multiplier=config.reward_multiplier,
         )
 

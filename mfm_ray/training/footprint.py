@@ -149,7 +149,7 @@ def state_memory(parameters: float, layout: Layout) -> Memory:
 def memory(network: DiT, objective: Objective, layout: Layout, *, recompute: bool = False) -> Memory:
     """Bytes on one GPU in the middle of a step.
 
-    recompute: activation checkpointing of whole blocks, which this project does not have: a block keeps its input
+    recompute: activation checkpointing of whole blocks (`activation_checkpointing=true`): a block keeps its input
     alone, and one at a time is computed again.
     """
     state = state_memory(network.parameters, layout)

@@ -21,7 +21,7 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
 from mfm_ray.latent_models import AUTO, Decoding, autoencoder_of, decoded_space
-from mfm_ray.networks import build_network
+from mfm_ray.networks import build_network, check_recomputation
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
 from mfm_ray.training import checkpoint, zero
@@ -91,6 +91,7 @@ def check_config(config: TrainConfig) -> None:
     """Everything that can be wrong with the configuration alone, without data or a cluster. ValueError, one line."""
     check_training(config)
     check_objective(config.objective)
+    check_recomputation(config.network, wanted=config.activation_checkpointing)
     if config.data.path is None and not is_bundled(config.data.name):
         raise InputError(
             f"data.path=null: data.name={config.data.name} is not bundled ({', '.join(_BUNDLED)} are); "
@@ -108,6 +109,11 @@ def check_training(config: TrainingConfig) -> None:
     zero.check_sharding(stage=config.zero.stage, offload=config.zero.offload)
     ema_decays(config.ema_decay)
     check_trackers(config.trackers)
+    if config.execution == "compiled" and config.zero.stage == 3:
+        raise InputError(
+            "execution=compiled: a compiled network cannot gather its weights layer by layer as zero.stage=3 does; "
+            "expected zero.stage=0, 1 or 2, or execution=eager"
+        )
 
 
 def check_images(config: TrainConfig, data: Manifest) -> None:

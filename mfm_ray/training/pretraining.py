@@ -40,7 +40,7 @@ class Pretraining:
     start: str | None = None
 
     def begin(self, plan: Plan, config: TrainConfig, device: torch.device) -> PretrainingWork:
-        teacher = load_teacher(self.teacher, precision=config.precision, device=device)
+        teacher = load_teacher(self.teacher, precision=config.precision, execution=config.execution, device=device)
         flow_map = begin_at(build_flow_map(plan, config), self.start)
         return PretrainingWork(plan, config, flow_map.to(device), teacher, device)
 
@@ -56,7 +56,8 @@ class PretrainingWork(Work):
         self.flow_map = flow_map
         self.terms = [weighted.term for weighted in objective.terms]
         self.columns = ["loss", *(f"squared_error.{term.name}" for term in self.terms)]
-        self.module = LossModule(flow_map, objective.to(device), precision=config.precision)
+        flow_map.recompute_activations(config.activation_checkpointing)
+        self.module = LossModule(flow_map, objective.to(device), precision=config.precision, execution=config.execution)
 
     def data(self, split: BatchSplit, *, rank: int, device: torch.device) -> TrainingData:
         jitter = AffineJitter(**vars(self._config.augmentation))

@@ -13,9 +13,9 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError, refuse_unknown_arguments, require
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.networks import build_network
+from mfm_ray.networks.computation import computed
 from mfm_ray.objectives import build_objective, needs_teacher
 from mfm_ray.pretrained import load_flow_map, read_model_config
-from mfm_ray.training.loss_module import AutocastFlowMap
 from mfm_ray.training.starting import absolute, check_weights
 
 
@@ -76,12 +76,14 @@ def check_teacher(objective: Mapping[str, Any], data: Manifest) -> None:
         )
 
 
-def load_teacher(location: TeacherPlace | None, *, precision: str, device: torch.device) -> FlowMap | None:
-    """The frozen teacher on this worker's device, in the precision of the training."""
+def load_teacher(
+    location: TeacherPlace | None, *, precision: str, device: torch.device, execution: str = "eager"
+) -> FlowMap | None:
+    """The frozen teacher on this worker's device, computed as the training computes its network."""
     if location is None:
         return None
     teacher = load_flow_map(location.source, autoencoder=None, **location.facts).to(device)
-    return AutocastFlowMap(teacher) if precision == "bf16" else teacher
+    return computed(teacher, precision=precision, execution=execution)
 
 
 def _without_weights(location: TeacherPlace) -> FlowMap:

@@ -39,6 +39,8 @@ _OF_ANY_TRAINING = (
     "gradient_clipping",
     "ema_decay",
     "precision",
+    "execution",
+    "activation_checkpointing",
 )
 TRAIN = Sweepable(groups=("network", "objective"), keys=("optimizer", "augmentation", *_OF_ANY_TRAINING))
 FINETUNE = Sweepable(

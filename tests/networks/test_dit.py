@@ -99,7 +99,7 @@ def test_time_flip_mirrors_the_inner_times_and_the_output():
 
 
 @jit_is_deprecated
-def test_written_out_attention_of_the_forward_derivative_gives_the_fused_values():
+def test_values_beside_a_forward_derivative_are_the_plain_ones():
     network, (x_s, s, u, condition) = randomise(small_dit()), inputs()
     primal, tangent = torch.func.jvp(lambda s: network.velocity(x_s, s, u, **condition), (s,), (torch.ones_like(s),))
     torch.testing.assert_close(primal, network.velocity(x_s, s, u, **condition), rtol=1e-5, atol=1e-5)

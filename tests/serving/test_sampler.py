@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mfm_ray.engine import EngineClosedError
+from mfm_ray.networks.computation import AutocastFlowMap
+from mfm_ray.networks.replay import ReplayedFlowMap
 from mfm_ray.rewards import RewardError, WeightedSum
 from serve.generation import Failed, Finished, Preview, Progress, Refused
 from serve.remote_reward import RemoteReward, RewardDownError
@@ -81,6 +83,22 @@ def test_a_dead_engine_fails_the_health_check(sampler):
     with pytest.raises(RuntimeError, match="engine of tiny is dead"):
         sampler.check_health()
     assert not asyncio.run(sampler.ready())
+
+
+def test_the_network_is_computed_as_the_operator_set_it(card, generation):
+    settings = SamplerSettings(device="cpu", precision="bf16", execution="graphs")
+    sampler = Sampler([card], settings, COLOCATED, {}, max_rows_waiting=100)
+    try:
+        flow_map = next(iter(sampler._live)).engine.flow_map
+        assert isinstance(flow_map, ReplayedFlowMap)
+        assert isinstance(flow_map._inner, AutocastFlowMap)
+        assert isinstance(collect(sampler, generation())[-1], Finished)
+    finally:
+        for model in list(sampler._live):
+            model.engine.close()
+    for wrong in ({"precision": "fp16"}, {"execution": "fast"}):
+        with pytest.raises(ValueError, match="Input should be"):
+            SamplerSettings(**wrong)
 
 
 def collect(sampler, generation, *, snapshot=None, every_s=60.0):

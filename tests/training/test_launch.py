@@ -31,6 +31,8 @@ def config_of(*words: str) -> TrainConfig:
         (["scaling.num_workers=[1,2,3]"], "least, most"),
         (["scaling.num_workers=[1,3]", "micro_batch_size=1"], "micro_batch_size=1: with 3 workers"),
         (["+objective.weight=3"], "objective.*weight"),
+        (["execution=compiled", "zero.stage=3"], "execution=compiled: .* expected zero.stage=0, 1 or 2, or execution="),
+        (["activation_checkpointing=true"], "activation_checkpointing=true: network=residual_mlp .* network=dit"),
         (["data.name=flowers"], "data.name=flowers is not bundled"),
     ],
 )

@@ -73,6 +73,10 @@ CASES = [
     *(Case(name, accumulation=accumulation) for name in sorted(OBJECTIVES) for accumulation in ACCUMULATIONS),
     *(Case(name, precision="bf16") for name in sorted(OBJECTIVES)),
     *(Case(name, network="dit") for name in ("eulerian", "lagrangian_teacher", "semigroup")),
+    *(
+        Case(name, network="dit", words=("activation_checkpointing=true",))
+        for name in ("eulerian", "lagrangian_teacher", "semigroup")
+    ),
     Case("semigroup", words=("objective.diagonal_weighting.name=learned",)),
     Case("eulerian_teacher", words=("objective.teacher_guidance=plain", "objective.diagonal=teacher")),
     Case("eulerian", words=("objective.tangent=finite_difference",)),
@@ -248,6 +252,41 @@ def group_of(folder: Path) -> Callable[[int, int], dict[str, dict[str, Any]]]:
         return torch.load(file, weights_only=True)
 
     return run
+
+
+COMPILED = {
+    0: Case("semigroup", network="dit", words=("execution=compiled",)),
+    1: Case("eulerian_teacher", network="dit", words=("execution=compiled", "activation_checkpointing=true")),
+    2: Case("semigroup", network="dit", words=("execution=compiled",)),
+}
+"""By the stage: those that may compile."""
+
+
+def compiled_worker(rank: int, folder: str) -> None:
+    """A group of one, of one stage after the other."""
+    warnings.simplefilter("ignore")
+    pretraining.build_flow_map = perturbed_flow_map
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store-compiled", rank=0, world_size=1)
+    for stage, case in COMPILED.items():
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        result = run_case(case, Path(folder), stage, 1)
+        result["programs"] = int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        torch.save(result, Path(folder) / f"compiled-{stage}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_it_stands(folder: Path) -> None:
+    torch.multiprocessing.spawn(compiled_worker, (str(folder),), nprocs=1)
+    expected = {case: run_reference(case, folder) for case in set(COMPILED.values())}
+    for stage, case in COMPILED.items():
+        result = torch.load(folder / f"compiled-{stage}.pt", weights_only=True)
+        assert result["programs"] > 0
+        for step in range(STEPS):
+            assert_near(result["gradients"][step], expected[case]["gradients"][step], case.tolerances)
+        assert_near(result["weights"], expected[case]["weights"], case.tolerances)
 
 
 def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerances: tuple[float, float]) -> None:

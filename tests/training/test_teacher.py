@@ -11,9 +11,9 @@ from mfm_ray.data.shards import read_manifest, write_shards
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.networks import build_network
+from mfm_ray.networks.computation import AutocastFlowMap
 from mfm_ray.pretrained import save_model
 from mfm_ray.training.launch import check_config, model_config
-from mfm_ray.training.loss_module import AutocastFlowMap
 from mfm_ray.training.teacher import check_objective, check_teacher, load_teacher, teacher_location
 
 
