@@ -52,6 +52,6 @@ def spearman(a: Tensor, b: Tensor) -> Correlation:
 
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 0 of (N,), float64; equal values share the mean of theirs."""
-    distinct, place, count = values.double().unique(sorted=True, return_inverse=True, return_counts=True)
+    _, place, count = values.double().unique(sorted=True, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count.double() + 1) / 2)[place]

@@ -32,7 +32,7 @@ def eight_bit(images: Tensor) -> Tensor:
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 pooled features of FID. Pictures are rounded to eight bits first; grey ones get three equal channels."""
+    """The 2,048 pooled features of FID, of pictures rounded to eight bits; grey ones get three equal channels."""
 
     name = "inception"
 

@@ -15,7 +15,7 @@ _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 1024, 8192
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """precision: share of the samples within the data's manifold; recall: of the data within the samples'; in [0, 1]."""
+    """precision: share of the samples in the data's manifold; recall: of the data in the samples'; in [0, 1]."""
 
     precision: float
     recall: float

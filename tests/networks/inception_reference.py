@@ -32,7 +32,7 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
             made[name] = torch.zeros(shape, dtype=torch.int64)
             continue
         values = wave(math.prod(shape), float(number)).reshape(shape)
-        if name.endswith("running_var") or name.endswith("bn.weight"):
+        if name.endswith(("running_var", "bn.weight")):
             values = 1 + values / 2
         elif len(shape) > 1:
             values = values * math.sqrt(6 / math.prod(shape[1:]))
