@@ -14,15 +14,23 @@ from mfm_ray.storage import Storage
 
 def check(config: EvaluateConfig) -> None:
     """The protocol's settings fit together, and model and data are there and whole."""
-    from jobs.evaluation import evaluator, needs_model
+    from jobs.evaluation import evaluator, has_recipe, needs_model
+    from jobs.large_evaluation import check_scaling
     from jobs.recipe import training_config
     from jobs.train import check as check_training
     from mfm_ray.protocols import build_protocol
+    from mfm_ray.protocols.imagenet_finetuning import ImagenetFinetuningProtocol
 
     protocol = build_protocol(config.protocol)
+    if not evaluator(protocol.name).in_pieces:
+        check_scaling(config)
     if not needs_model(protocol):
         _check_nothing_trained(config)
+        if isinstance(protocol, ImagenetFinetuningProtocol):
+            evaluator(protocol.name).evaluate(protocol, None)  # reads the runs
         return
+    if config.model is None and not has_recipe(protocol):
+        raise InputError(f"model=null: protocol={protocol.name} measures a model; expected a model directory")
     if config.model is None:
         if config.data_path is not None:
             raise InputError(
@@ -35,14 +43,14 @@ def check(config: EvaluateConfig) -> None:
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
     data = None if config.data_path is None else Storage(config.data_path)
-    evaluator(protocol.name).load(Storage(config.model), data)
+    evaluator(protocol.name).load(protocol, Storage(config.model), data, config.seed)
 
 
 def _check_nothing_trained(config: EvaluateConfig) -> None:
     """For a protocol without a model: no settings of one."""
     for key in ("model", "data_path", "training"):
         if getattr(config, key):
-            raise InputError(f"{key}: nothing is trained or loaded with protocol.exact=true; leave one of them out")
+            raise InputError(f"{key}: this protocol trains and loads no model; leave it out")
 
 
 def body(run: JobRun) -> Outcome:

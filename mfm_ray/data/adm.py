@@ -8,6 +8,7 @@ by its name.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import struct
@@ -83,6 +84,12 @@ class AdmBatch:
     def has_moments(self) -> bool:
         """Whether mu and sigma are there."""
         return set(_MOMENTS) <= set(self._arrays)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the names, sizes and checksums of its arrays."""
+        parts = sorted((name, info.file_size, info.CRC) for name, info in self._members.items())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def verify(self) -> None:
         """Reads every byte once and compares the checksums; InputError naming the array that is damaged."""

@@ -1,7 +1,7 @@
 """protocol=imagenet_posterior: do posterior draws of noised data, one for each datum, look like data?
 
-A draw x_1 ~ p(x_1 | x_t) of x_t = t x'_1 + (1 - t) x_0 with x'_1 of the data follows the law of the data, whatever t: so
-the draws are compared with the data that the states were made of, with rollouts from the same states, or with a file.
+A draw x_1 ~ p(x_1 | x_t) of x_t = t x'_1 + (1 - t) x_0 with x'_1 of the data follows the law of the data, whatever t:
+so the draws are compared with the data that the states were made of, or with rollouts from the same states.
 """
 # ruff: noqa: RUF009 (`setting` only wraps dataclasses.field, it makes no shared default)
 

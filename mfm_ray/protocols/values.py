@@ -110,8 +110,9 @@ class Estimator:
 class Agreement:
     """Of estimates with a truth, over contexts, in nats.
 
-    correlation: Pearson's; ranks: Spearman's; bias and rms: of estimate - truth; within: share of the contexts whose truth lies within two
-    standard errors of the estimate; within_both: within two of the difference, which counts the truth's own error too.
+    correlation: Pearson's; ranks: Spearman's; bias and rms: of estimate - truth; within: share of the contexts whose
+    truth lies within two standard errors of the estimate; within_both: within two of the difference, which counts the
+    truth's own error too.
     """
 
     correlation: Correlation

@@ -75,7 +75,8 @@ def _opening(evaluation: ValuesEvaluation) -> Iterator[str]:
         f"each of {protocol.num_contexts} noised held-out data at each time. <b>Estimates</b>: "
         f"{protocol.num_draws} draws by the meta flow map in 1 to {max(protocol.map_steps)} inner steps, or by Euler's "
         "rule along the GLASS velocity of the same model's drift. <b>r</b> is Pearson's correlation over the data, "
-        "with a 95 percent interval (the tables have Spearman's of the ranks as well); it forgives estimates that are all too high or too flat, so <b>bias</b> and "
+        "with a 95 percent interval (Spearman's is in the tables); it forgives estimates that are all too high or too "
+        "flat, so <b>bias</b> and "
         "<b>rms</b> of estimate minus truth, in nats, stand beside it. <b>Ceiling</b>: the r that a second set of "
         "rollouts would reach; only estimates with less noise of their own, such as a posterior mean's, exceed it."
     )
