@@ -570,7 +570,7 @@ def _with_filled_parts(reward: dict[str, Any]) -> dict[str, Any]:
 
 
 def filled_reward(part: Any) -> Any:
-    """A reward given by its name, or by some of its keys, with the defaults of `conf/reward/<name>.yaml` for the rest."""
+    """A reward given by its name, or by some keys, with the defaults of `conf/reward/<name>.yaml` for the others."""
     given = {"name": part} if isinstance(part, str) else part
     if not isinstance(given, dict) or given.get("name") not in group_choices("reward"):
         return given

@@ -33,11 +33,14 @@ def kernel_inception_distance(
     """KID of features (N, D) and (M, D): the mean of `polynomial_squared_mmd` over random subsets, with its interval.
 
     Subsets are drawn without replacement within, independently of each other, and are no larger than either set. The
-    interval is of the choice of subsets and narrower than that of new samples. Figures are often quoted times 1,000.
+    interval is of the choice of subsets and narrower than that of new samples; where a subset is all there is of both
+    sets, there is one value and no interval. Figures are often quoted times 1,000.
     """
     size = min(subset_size, len(a), len(b))
     if subsets < 1 or size < 2:
         raise ValueError(f"subsets={subsets} of {size} rows: expected at least 1 of at least 2")
+    if size == len(a) == len(b):
+        subsets = 1  # each would be the same
     values = [
         polynomial_squared_mmd(*(rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (a, b)))
         for _ in range(subsets)

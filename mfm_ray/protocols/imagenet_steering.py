@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,13 +64,17 @@ class ImagenetSteeringProtocol(LargeProtocol):
 
 @dataclass(frozen=True)
 class Arm:
-    """A method towards a reward. num_draws, particles and multiplier: where the method has them."""
+    """A method towards a reward. num_draws, particles and multiplier: where the method has them.
+
+    drawn_at: the multiplier that its images are made at, another one than its own where it changes nothing.
+    """
 
     reward: str
     family: str
     num_draws: int = 1
     particles: int = 1
     multiplier: float = 1.0
+    drawn_at: float = 1.0
 
     @property
     def key(self) -> str:
@@ -87,13 +91,13 @@ class Arm:
 
     @property
     def part(self) -> str:
-        return f"{self.reward}_{self.key}"
+        return f"{self.reward}_{replace(self, multiplier=self.drawn_at).key}"
 
     def steering(self, reward: Reward, protocol: ImagenetSteeringProtocol) -> Steering:
         """The reward's factor tilts the law; a search compares rewards alone, and needs none."""
         if self.family == "search":
             return Search(reward, num_particles=self.particles, num_draws=protocol.search_draws)
-        weighted = WeightedSum(rewards=[reward], weights=[self.multiplier], name=self.reward)
+        weighted = WeightedSum(rewards=[reward], weights=[self.drawn_at], name=self.reward)
         if self.family == "mfm_g":
             return GradientGuidance(weighted, num_draws=self.num_draws)
         if self.family == "mfm_gf":
@@ -102,12 +106,20 @@ class Arm:
 
 
 def arms(protocol: ImagenetSteeringProtocol, rewards: tuple[str, ...]) -> list[Arm]:
+    """All that are measured.
+
+    One draw of MFM-GF has weight 1 whatever the multiplier; a rescaled gradient loses it but for the draws' weights.
+    """
+    rescales = protocol.preset is not None and PRESETS[protocol.preset].rescale
+    families = {"mfm_g": protocol.gradient_draws, "mfm_gf": protocol.gradient_free_draws, "dps": [1] * protocol.dps}
     found = []
     for reward in rewards:
         for multiplier in protocol.multipliers:
-            found += [Arm(reward, "mfm_g", num_draws=n, multiplier=multiplier) for n in protocol.gradient_draws]
-            found += [Arm(reward, "mfm_gf", num_draws=n, multiplier=multiplier) for n in protocol.gradient_free_draws]
-            found += [Arm(reward, "dps", multiplier=multiplier)] if protocol.dps else []
+            for family, draws in families.items():
+                for n in draws:
+                    is_same = n == 1 and (rescales or family == "mfm_gf")
+                    drawn_at = protocol.multipliers[0] if is_same else multiplier
+                    found.append(Arm(reward, family, num_draws=n, multiplier=multiplier, drawn_at=drawn_at))
         found += [Arm(reward, "search", particles=m) for m in protocol.search_particles]
     return found
 
@@ -204,8 +216,8 @@ class SteeringEvaluation:
 
 def planned(protocol: ImagenetSteeringProtocol, rewards: tuple[str, ...]) -> list[Piece]:
     pieces = plan(POOL, protocol.pool_size, protocol.piece_size)
-    for arm in arms(protocol, rewards):
-        pieces += plan(arm.part, protocol.num_images, protocol.piece_size)
+    for part in dict.fromkeys(arm.part for arm in arms(protocol, rewards)):
+        pieces += plan(part, protocol.num_images, protocol.piece_size)
     return pieces
 
 

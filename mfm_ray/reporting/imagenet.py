@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from mfm_ray.metrics import Mean
+from mfm_ray.presets import PRESETS
 from mfm_ray.protocols.imagenet import SetDistance, SetsProtocol
 from mfm_ray.protocols.imagenet_fid import FidEvaluation
 from mfm_ray.protocols.imagenet_finetuning import TuningEvaluation
@@ -19,8 +20,8 @@ from mfm_ray.reporting.terminal import aligned
 
 _FEATURES = {
     "inception": "the 2,048 pooled features of FID's Inception",
-    "classifier": "the features of the classifier beside the model, so that figures are of this model's kind of data only",
-    "raw": "the numbers of a sample themselves, so that figures are of this model's kind of data only",
+    "classifier": "the features of the classifier beside the model (comparable for its kind of data only)",
+    "raw": "the numbers of a sample themselves (comparable for this kind of data only)",
 }
 _COLOURS = {"mfm_g": "mfm_g", "mfm_gf": "mfm_gf", "dps": "muted", "search": "resampling", "best_of_n": "best_of_n"}
 _HEADER = ["KID × 1000", "precision", "recall"]
@@ -81,7 +82,8 @@ def posterior_report(evaluation: PosteriorEvaluation, provenance: Provenance) ->
         *_header(protocol.name, "Do posterior draws look like data?"),
         page.paragraph(
             f"<b>{protocol.num_contexts:,} held-out data</b> are noised to each time, and from each state one clean "
-            f"sample is drawn. As a set, exact draws are data again, whatever the time. They are compared with {against}.",
+            f"sample is drawn. As a set, exact draws are data again, whatever the time. They are compared with "
+            f"{against}.",
             lede=True,
         ),
         "</header>",
@@ -93,7 +95,7 @@ def posterior_report(evaluation: PosteriorEvaluation, provenance: Provenance) ->
             ]
         ),
         page.paragraph(
-            f"Features: {_FEATURES[protocol.features]}.",
+            f"Draws and data are compared through {_FEATURES[protocol.features]}.",
             _what_figures_mean(protocol),
             "A draw and the datum behind its state are alike where little noise was added, so that at late times "
             "figures fall below the floor, which is between independent sets."
@@ -172,9 +174,9 @@ def tuning_report(evaluation: TuningEvaluation, provenance: Provenance) -> str:
     body = [
         *_header(evaluation.protocol.name, "What fine-tuning moved"),
         page.paragraph(
-            "Figures of plain samples of the tuned model while it was tuned: the <b>reward</b> that it was tuned to, and "
-            "<b>held-out</b> ones, which fall where the reward is only played. Bands are 95 percent intervals over the "
-            "samples of an evaluation.",
+            "Figures of plain samples of the tuned model while it was tuned: the <b>reward</b> that it was tuned to, "
+            "and <b>held-out</b> ones, which fall where the reward is only played. Bands are 95 percent intervals over "
+            "the samples of an evaluation.",
             lede=True,
         ),
         "</header>",
@@ -235,12 +237,13 @@ def _reference(evaluation: FidEvaluation) -> str:
 
 def _what_figures_mean(protocol: SetsProtocol) -> str:
     return (
-        f"<b>{_name(protocol)}</b> compares means and covariances; it falls with the number of samples, so that only sets "
-        f"of one size compare. <b>KID</b> has no such bias: 0 in the mean for equal laws, here over {protocol.kid_subsets} "
-        f"subsets of at most {protocol.kid_subset_size:,}. <b>Precision</b> is the share of samples that lie among the "
-        f"data, <b>recall</b> the share of data that lie among samples (k = {protocol.neighbours}, at most "
-        f"{protocol.manifold_rows:,} of each). The <b>floor</b> is half of the distance between the two halves of what "
-        "samples are compared with: about what two independent sets of that size differ by."
+        f"<b>{_name(protocol)}</b> compares means and covariances; it falls with the number of samples, so that only "
+        "sets of one size compare. <b>KID</b> has no such bias: 0 in the mean for equal laws, here over "
+        f"{protocol.kid_subsets} subsets of at most {protocol.kid_subset_size:,}. <b>Precision</b> is the share of "
+        "samples that lie among the data, <b>recall</b> the share of data that lie among samples "
+        f"(k = {protocol.neighbours}, at most {protocol.manifold_rows:,} of each). The <b>floor</b> is half of the "
+        "distance between the two halves of what samples are compared with: about what two independent sets of that "
+        "size differ by."
     )
 
 
@@ -313,7 +316,8 @@ def _terminal(
 
 
 def _mean(mean: Mean) -> str:
-    return f"{number(mean.value)} ± {number(mean.half_width, 2)}"
+    """With its interval, where more than one value says something of it."""
+    return number(mean.value) if mean.count == 1 else f"{number(mean.value)} ± {number(mean.half_width, 2)}"
 
 
 def _pictures(named: Sequence[tuple[str, Tensor]], *, shown: int = 10) -> list[str]:
@@ -345,7 +349,8 @@ def _steered_section(evaluation: SteeringEvaluation, reward: str) -> Iterator[st
     yield page.charts(
         [_steering_chart(evaluation, reward, multiplier) for multiplier in multipliers],
         "Mean reward over calls for one image, with 95 percent intervals; the dotted line is the mean of unsteered "
-        "samples. Search and Best-of-N know no λ and are the same in every chart.",
+        "samples. Search and Best-of-N know no λ and are the same in every chart"
+        + ("; where gradients are rescaled, so are DPS and MFM-G of one draw." if _rescales(evaluation) else "."),
     )
     header = [
         "method",
@@ -365,6 +370,11 @@ def _steered_section(evaluation: SteeringEvaluation, reward: str) -> Iterator[st
             cells += [page.row_name(name), strip]
     if cells:
         yield page.unfold("Pictures", page.rows(cells, "The first images of each method, not chosen, of equal seeds."))
+
+
+def _rescales(evaluation: SteeringEvaluation) -> bool:
+    preset = evaluation.protocol.preset
+    return preset is not None and PRESETS[preset].rescale
 
 
 def _steering_chart(evaluation: SteeringEvaluation, reward: str, multiplier: float) -> str:
