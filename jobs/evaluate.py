@@ -14,7 +14,7 @@ from mfm_ray.storage import Storage
 
 def check(config: EvaluateConfig) -> None:
     """The protocol's settings fit together, and model and data are there and whole."""
-    from jobs.evaluation import evaluator, has_recipe, needs_model
+    from jobs.evaluation import evaluator, needs_model, recipe_of
     from jobs.large_evaluation import check_scaling
     from jobs.recipe import training_config
     from jobs.train import check as check_training
@@ -29,14 +29,13 @@ def check(config: EvaluateConfig) -> None:
         if isinstance(protocol, ImagenetFinetuningProtocol):
             evaluator(protocol.name).evaluate(protocol, None)  # reads the runs
         return
-    if config.model is None and not has_recipe(protocol):
-        raise InputError(f"model=null: protocol={protocol.name} measures a model; expected a model directory")
     if config.model is None:
+        recipe = recipe_of(protocol)
         if config.data_path is not None:
             raise InputError(
                 "data_path: belongs to a model; a recipe is trained on its own data (+training.data.path=...)"
             )
-        check_training(training_config(protocol.experiment, config.training, seed=config.seed))
+        check_training(training_config(recipe, config.training, seed=config.seed))
         return
     if config.training:
         raise InputError(
@@ -54,7 +53,7 @@ def _check_nothing_trained(config: EvaluateConfig) -> None:
 
 
 def body(run: JobRun) -> Outcome:
-    from jobs.evaluation import command_line, evaluate_model, needs_model
+    from jobs.evaluation import command_line, evaluate_model, needs_model, recipe_of
     from jobs.recipe import model_of_recipe, training_config
     from mfm_ray.protocols import build_protocol
 
@@ -66,7 +65,7 @@ def body(run: JobRun) -> Outcome:
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
         return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
-    trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
+    trained = model_of_recipe(training_config(recipe_of(protocol), config.training, seed=config.seed), run)
     return evaluate_model(
         run,
         protocol,

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.contract import JobRun, Outcome
 from jobs.provenance import versions
 from mfm_ray.config import flatten, to_dict
+from mfm_ray.errors import InputError
 from mfm_ray.protocols import Protocol
 from mfm_ray.protocols.gmm import GmmProtocol
 from mfm_ray.protocols.imagenet_finetuning import ImagenetFinetuningProtocol
@@ -49,9 +50,12 @@ def needs_model(protocol: Protocol) -> bool:
     return not isinstance(protocol, GmmProtocol) or protocol.needs_model
 
 
-def has_recipe(protocol: Protocol) -> bool:
-    """Whether a model is trained for it where none is given."""
-    return hasattr(protocol, "experiment")
+def recipe_of(protocol: Protocol) -> str:
+    """The recipe that is trained where no model is given. InputError for a protocol that measures a given one."""
+    recipe = getattr(protocol, "experiment", None)
+    if recipe is None:
+        raise InputError(f"model=null: protocol={protocol.name} measures a model; expected a model directory")
+    return str(recipe)
 
 
 def evaluate_model(
@@ -284,7 +288,6 @@ def _digit_parts(model: Storage, data: Storage | None) -> tuple[Any, Any, Any, A
     """Flow map, judge, training and held-out images."""
     from jobs.prepare_data import BUNDLED, make_dataset
     from mfm_ray.data.shards import load_split
-    from mfm_ray.errors import InputError
     from mfm_ray.pretrained import load_classifier, load_flow_map, read_model_config
 
     flow_map, classifier = load_flow_map(model), load_classifier(model)

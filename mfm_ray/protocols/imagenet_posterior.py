@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mfm_ray.errors import InputError
 from mfm_ray.metrics import eight_bit
-from mfm_ray.noise import KeyedNoise
+from mfm_ray.protocols.draw_parts import ROLLOUTS, PosteriorDraws, part_of
 from mfm_ray.protocols.imagenet import (
-    CleanRows,
     LargeMaterial,
     ReferenceSet,
     SetDistance,
@@ -29,16 +28,13 @@ from mfm_ray.protocols.imagenet import (
     device_of,
     distance_rows,
     figures_parquet,
-    noisy_states,
     require_rows,
 )
 from mfm_ray.protocols.pieces import Piece, Pieces, Progress, made_here, moved, plan
-from mfm_ray.protocols.reference_draws import glass_draws, memoryless_draws
 from mfm_ray.protocols.values import Estimator
 from mfm_ray.settings import setting
 
-PAIRS, ROLLOUTS = "pairs", "rollouts"
-_DRAWS, _ROLLOUT_DRAWS = 1, 2  # noise sources: all estimators share one, so that they differ by their draws' law alone
+PAIRS, AGAINST_ROLLOUTS = "pairs", "rollouts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +46,8 @@ class ImagenetPosteriorProtocol(SetsProtocol):
     map_steps: list[int] = setting("inner steps of the meta flow map, each measured", minimum=1)
     glass_steps: list[int] = setting("Euler steps of the GLASS ODE, each measured where the time is above 0", minimum=1)
     against: str = setting(
-        "what draws are compared with: the data behind the states, or rollouts from them", choices=(PAIRS, ROLLOUTS)
+        "what draws are compared with: the data behind the states, or rollouts from them",
+        choices=(PAIRS, AGAINST_ROLLOUTS),
     )
     rollout_steps: int = setting("steps of a rollout of the memoryless SDE", minimum=1)
 
@@ -61,7 +58,7 @@ class ImagenetPosteriorProtocol(SetsProtocol):
             values = getattr(self, key)
             if len(set(values)) != len(values) or (key != "glass_steps" and not values):
                 raise InputError(f"protocol.{key}={values}: expected at least one, all different")
-        if self.against == ROLLOUTS and 0.0 in self.times:
+        if self.against == AGAINST_ROLLOUTS and 0.0 in self.times:
             raise InputError(f"protocol.times={self.times}: no rollout starts at 0; expected above 0, or against=pairs")
         if self.num_contexts <= self.neighbours:
             raise InputError(f"protocol.num_contexts={self.num_contexts}: expected more than neighbours")
@@ -70,10 +67,6 @@ class ImagenetPosteriorProtocol(SetsProtocol):
         """GLASS needs what x_t tells, so it has none at t = 0."""
         glass = [Estimator("glass", steps) for steps in self.glass_steps] if t > 0 else []
         return [*(Estimator("mfm", steps) for steps in self.map_steps), *glass]
-
-
-def part_of(t: float, source: str) -> str:
-    return f"t{t:g}_{source}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,8 @@ class PosteriorMaker:
         features, images = [], []
         for first, count in batches(piece.first, piece.count, self.protocol.batch_size):
             clean = self.material.rows.part(first, count).to(device_of(flow_map))
-            states = clean.states if piece.part == PAIRS else self._drawn(piece.part, clean, first, count)
+            is_data = piece.part == PAIRS
+            states = clean.states if is_data else self._draws.of(piece.part, clean, first=first).squeeze(1)
             samples = flow_map.space.clamp(flow_map.space.to_data_units(states))
             features.append(self.material.features(samples).cpu())
             if first == 0 and samples.dim() == 4:
@@ -102,29 +96,16 @@ class PosteriorMaker:
             progress(first + count - piece.first)
         return {"features": torch.cat(features), **({"images": torch.cat(images)} if images else {})}
 
-    def _drawn(self, part: str, clean: CleanRows, first: int, count: int) -> Tensor:
-        """One draw for each state of the part's time, by the part's source."""
-        protocol, flow_map = self.protocol, self.material.flow_map
-        number, t, source = next(
-            (number, t, source)
-            for number, t in enumerate(protocol.times)
-            for source in (*(each.key for each in protocol.estimators(t)), ROLLOUTS)
-            if part_of(t, source) == part
+    @property
+    def _draws(self) -> PosteriorDraws:
+        return PosteriorDraws(
+            flow_map=self.material.flow_map,
+            times=self.protocol.times,
+            estimators=self.protocol.estimators,
+            rollout_steps=self.protocol.rollout_steps,
+            cfg_scale=self.protocol.cfg_scale,
+            seed=self.seed,
         )
-        keys = KeyedNoise.for_images(self.seed, count, first=first, device=device_of(flow_map)).fold_in(number)
-        x_t = noisy_states(clean.states, t, keys)
-        times = torch.full_like(x_t.flatten(1)[:, 0], t)
-        family, _, steps = source.partition("_")
-        noise = keys.fold_in(_ROLLOUT_DRAWS if source == ROLLOUTS else _DRAWS)
-        # one call for all three: they differ in how a draw is made
-        given = {"num_draws": 1, "generator": noise, "label": clean.labels, "cfg_scale": protocol.cfg_scale}
-        if source == ROLLOUTS:
-            draws = memoryless_draws(flow_map, x_t, times, num_steps=protocol.rollout_steps, **given)
-        elif family == "glass":
-            draws = glass_draws(flow_map, x_t, times, num_steps=int(steps), **given)
-        else:
-            draws = flow_map.posterior_draws(x_t, times, num_steps=int(steps), **given)
-        return draws.squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -149,7 +130,7 @@ def planned(protocol: ImagenetPosteriorProtocol) -> list[Piece]:
     parts = [PAIRS]
     for t in protocol.times:
         parts += [part_of(t, estimator.key) for estimator in protocol.estimators(t)]
-        parts += [part_of(t, ROLLOUTS)] if protocol.against == ROLLOUTS else []
+        parts += [part_of(t, ROLLOUTS)] if protocol.against == AGAINST_ROLLOUTS else []
     return [piece for part in parts for piece in plan(part, protocol.num_contexts, protocol.piece_size)]
 
 

@@ -12,25 +12,20 @@ import torch
 from torch import Tensor
 
 from mfm_ray.errors import InputError
-from mfm_ray.noise import KeyedNoise
+from mfm_ray.protocols.draw_parts import ROLLOUTS, PosteriorDraws, part_of
 from mfm_ray.protocols.imagenet import (
     CleanRows,
     LargeMaterial,
     LargeProtocol,
     batches,
     device_of,
-    noisy_states,
     require_rows,
 )
 from mfm_ray.protocols.pieces import Piece, Pieces, Progress, made_here, moved, plan
-from mfm_ray.protocols.reference_draws import glass_draws, memoryless_draws
 from mfm_ray.protocols.values import Estimator, ValuesEvaluation, value_study
 from mfm_ray.settings import setting
 from mfm_ray.steering import score
 from mfm_ray.values import estimate_value
-
-TRUTH = "sde"
-_CHEAP, _TRUTH = 1, 2  # noise sources: all cheap estimators share one, so that they differ by their draws' law alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +61,6 @@ class ImagenetValuesProtocol(LargeProtocol):
         ]
 
 
-def part_of(t: float, source: str) -> str:
-    return f"t{t:g}_{source}"
-
-
 @dataclass(frozen=True)
 class ValuesMaker:
     """Rewards of posterior draws, (contexts, draws) by the reward's name."""
@@ -85,14 +76,23 @@ class ValuesMaker:
     def make(self, piece: Piece, progress: Progress) -> dict[str, Tensor]:
         rows = contexts_of(self.protocol, self.material)
         flow_map, rewards = self.material.flow_map, self.material.rewards or {}
+        source = PosteriorDraws(
+            flow_map=flow_map,
+            times=self.protocol.times,
+            estimators=lambda t: self.protocol.estimators,
+            rollout_steps=self.protocol.truth_steps,
+            cfg_scale=self.protocol.cfg_scale,
+            seed=self.seed,
+        )
         found: dict[str, list[Tensor]] = {name: [] for name in rewards}
-        total = self.protocol.truth_draws if piece.part.endswith(f"_{TRUTH}") else self.protocol.num_draws
+        total = self.protocol.truth_draws if piece.part.endswith(f"_{ROLLOUTS}") else self.protocol.num_draws
         at_once = max(1, self.protocol.batch_size // total)
         for first, count in batches(piece.first, piece.count, at_once):
             clean = rows.part(first, count).to(device_of(flow_map))
             parts: dict[str, list[Tensor]] = {name: [] for name in rewards}
             for first_draw, draws in batches(0, total, self.protocol.batch_size):
-                samples = flow_map.space.to_data_units(self._drawn(piece.part, clean, first, first_draw, draws))
+                states = source.of(piece.part, clean, first=first, num_draws=draws, first_draw=first_draw)
+                samples = flow_map.space.to_data_units(states)
                 for name, reward in rewards.items():
                     scores = score(reward, samples.flatten(0, 1)).unflatten(0, samples.shape[:2])
                     parts[name].append(scores.cpu())
@@ -100,32 +100,6 @@ class ValuesMaker:
                 found[name].append(torch.cat(scored, dim=1))
             progress(first + count - piece.first)
         return {name: torch.cat(scored) for name, scored in found.items()}
-
-    def _drawn(self, part: str, clean: CleanRows, first: int, first_draw: int, draws: int) -> Tensor:
-        protocol, flow_map = self.protocol, self.material.flow_map
-        number, t, source = next(
-            (number, t, source)
-            for number, t in enumerate(protocol.times)
-            for source in (TRUTH, *(each.key for each in protocol.estimators))
-            if part_of(t, source) == part
-        )
-        keys = KeyedNoise.for_images(self.seed, len(clean), first=first, device=device_of(flow_map)).fold_in(number)
-        x_t = noisy_states(clean.states, t, keys)
-        times = torch.full_like(x_t.flatten(1)[:, 0], t)
-        noise = keys.fold_in(_TRUTH if source == TRUTH else _CHEAP)
-        family, _, steps = source.partition("_")
-        given: dict[str, Any] = {
-            "num_draws": draws,
-            "first_draw": first_draw,
-            "generator": noise,
-            "label": clean.labels,
-            "cfg_scale": protocol.cfg_scale,
-        }
-        if source == TRUTH:
-            return memoryless_draws(flow_map, x_t, times, num_steps=protocol.truth_steps, **given)
-        if family == "glass":
-            return glass_draws(flow_map, x_t, times, num_steps=int(steps), **given)
-        return flow_map.posterior_draws(x_t, times, num_steps=int(steps), **given)
 
 
 def contexts_of(protocol: ImagenetValuesProtocol, material: LargeMaterial) -> CleanRows:
@@ -142,7 +116,7 @@ def contexts_of(protocol: ImagenetValuesProtocol, material: LargeMaterial) -> Cl
 
 def planned(protocol: ImagenetValuesProtocol) -> list[Piece]:
     parts = [
-        part_of(t, source) for t in protocol.times for source in (TRUTH, *(each.key for each in protocol.estimators))
+        part_of(t, source) for t in protocol.times for source in (ROLLOUTS, *(each.key for each in protocol.estimators))
     ]
     return [piece for part in parts for piece in plan(part, protocol.num_contexts, protocol.piece_size)]
 
@@ -177,7 +151,7 @@ def evaluate_imagenet_values(
         of = {part: torch.cat(parts) for part, parts in rewards[name].items()}
         for t in protocol.times:
             cheap = {each: estimate_value(of[part_of(t, each.key)]) for each in protocol.estimators}
-            studies.append(value_study(name, t, of[part_of(t, TRUTH)], cheap, None, protocol.num_draws))
+            studies.append(value_study(name, t, of[part_of(t, ROLLOUTS)], cheap, None, protocol.num_draws))
     return ValuesEvaluation(
         protocol=protocol,
         rewards=tuple(material.rewards or {}),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -125,7 +126,7 @@ def posterior_table(evaluation: PosteriorEvaluation) -> list[str]:
     groups = [
         (f"t = {t:g}", [found for found in evaluation.measured if found.time == t]) for t in evaluation.protocol.times
     ]
-    return _terminal(evaluation.protocol, groups, dict(evaluation.floors))
+    return _terminal(evaluation.protocol, groups, evaluation.floors)
 
 
 def steering_report(evaluation: SteeringEvaluation, provenance: Provenance) -> str:
@@ -265,7 +266,7 @@ def _distance_charts(groups: dict[str, Sequence[SetDistance]], floor: float | No
     ticks = sorted({found.nfe for rows in ordered.values() for found in rows})
 
     def chart(title: str, figures: Sequence[tuple[str, Callable[[SetDistance], float | None]]], **more: object) -> str:
-        lines = []
+        lines: list[charts.Line] = []
         for name, rows in ordered.items():
             for label, figure in figures:
                 values = [(found.nfe, figure(found)) for found in rows]
@@ -301,7 +302,7 @@ def _cells(found: SetDistance) -> list[str]:
 def _terminal(
     protocol: SetsProtocol,
     groups: Sequence[tuple[str, Sequence[SetDistance]]],
-    floors: dict[float | None, float | None],
+    floors: Mapping[Any, float | None],
 ) -> list[str]:
     lines = [["", "samples", _name(protocol), "KID x 1000", "precision", "recall"]]
     for title, rows in groups:
@@ -379,7 +380,7 @@ def _rescales(evaluation: SteeringEvaluation) -> bool:
 
 def _steering_chart(evaluation: SteeringEvaluation, reward: str, multiplier: float) -> str:
     suffix = f"_l{multiplier:g}"
-    lines = []
+    lines: list[charts.Line] = []
     for family, label in {**FAMILIES, "best_of_n": "Best-of-N"}.items():
         rows = [
             found
