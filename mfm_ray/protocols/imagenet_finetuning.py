@@ -7,6 +7,7 @@ Reads what fine-tuning runs wrote: `evaluation.*` of their metrics.jsonl (`jobs.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -115,8 +116,9 @@ def evaluate_imagenet_finetuning(
     log: Callable[[str], None] = print,
 ) -> TuningEvaluation:
     """material: the runs, read already; None: they are read here. Nothing is drawn, so `seed` changes nothing."""
+    began = time.monotonic()
     runs = tuple(material) if material is not None else tuple(read_tuning_run(place) for place in protocol.runs)
-    return TuningEvaluation(protocol, runs)
+    return TuningEvaluation(protocol, runs, {"reading": time.monotonic() - began})
 
 
 def imagenet_finetuning_parquet(evaluation: TuningEvaluation) -> bytes:
