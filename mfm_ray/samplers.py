@@ -275,9 +275,10 @@ def refine(
 ) -> Tensor:
     """K-step refinement (the paper's Algorithm 1): draw x_1 ~ p(x_1 | x_t), re-noise it to the next time, repeat.
 
+    first_image: number of the first image, so that a large job can be cut into calls.
+
     Grid 0 = t_0 < ... < t_K = 1, uniform; num_steps network calls an image. Marginals are preserved exactly by an exact
     map, for any number of steps. Returns (num_samples, *event) in data units, clamped. One step is the flow map itself.
-    first_image: number of the first image, so that a large job can be cut into calls.
     """
     require_at_least_one(num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     labels = _labels(flow_map, label, num_samples)
