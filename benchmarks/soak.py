@@ -4,10 +4,10 @@
 
 A local Ray and the real HTTP endpoint, two rewards in deployments of their own and three in the sampler. Clients ask
 one after the other for plain answers, streams with previews and traces, scores, lists and pages, some go away in the
-middle, and some ask for what is refused (which must be 400). Every 5 s the resident memory of all that serves is
-noted; its slope is fitted to the last two thirds of the time, with its 95 percent interval from the residuals of one-
-minute means. Writes benchmarks/results/soak.md; exit code 1 when a request failed or the interval lies above 0 by
-more than 1 percent of the memory an hour.
+middle, and some ask for what is refused (which must be 400). Every 5 s the resident memory of each process that serves
+is noted; slopes are fitted to the last two thirds of the time, with their 95 percent intervals from the residuals of
+one-minute means. Writes benchmarks/results/soak.md; exit code 1 when a request failed or the interval of the sum lies
+above 0 by more than 1 percent of the memory an hour.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Tally:
     answers: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """Seconds since the beginning, and MiB by process."""
 
 
 def main() -> None:
@@ -65,8 +66,9 @@ def main() -> None:
         watch(tally, ends)
         for thread in clients:
             thread.join()
-    slope, margin, level = growth(tally.memory)
-    RESULTS.write_text(table(tally, given.minutes, slope, margin, level))
+    everything = growth([(at, sum(sizes.values())) for at, sizes in tally.memory])
+    slope, margin, level = everything
+    RESULTS.write_text(table(tally, given.minutes, everything))
     print(RESULTS.read_text(), *tally.failed[:20], sep="\n")
     sys.exit(1 if tally.failed or slope - margin > TOLERATED * level else 0)
 
@@ -144,16 +146,24 @@ def watch(tally: Tally, ends: float) -> None:
         time.sleep(EVERY_S)
 
 
-def resident() -> float:
-    """MiB of all replicas and the proxy below this process."""
-    found = 0.0
+def resident() -> dict[str, float]:
+    """MiB of each replica and of the proxy below this process, by what it is and its number."""
+    found: dict[str, float] = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(name in " ".join(process.cmdline()) for name in ("ServeReplica", "ProxyActor")):
-                found += process.memory_info().rss / 2**20
+            role = _role(" ".join(process.cmdline()))
+            if role is not None:
+                found[f"{role} ({process.pid})"] = process.memory_info().rss / 2**20
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return found
+
+
+def _role(command: str) -> str | None:
+    """`sampler`, `reward_symmetry`, `endpoint`, `proxy`; None for what is not Serve's."""
+    if "ServeReplica" in command:
+        return command.split(":")[4].split(".")[0].split()[0]
+    return "proxy" if "ProxyActor" in command else None
 
 
 def growth(memory: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -172,8 +182,9 @@ def growth(memory: list[tuple[float, float]]) -> tuple[float, float, float]:
     return float(slope), float(2.1 * spread), float(sizes.mean())
 
 
-def table(tally: Tally, minutes: float, slope: float, margin: float, level: float) -> str:
+def table(tally: Tally, minutes: float, everything: tuple[float, float, float]) -> str:
     ordered = sorted(tally.seconds)
+    slope, margin, level = everything
     figures = {
         "requests": str(tally.answers.total()),
         "failed": str(len(tally.failed)),
@@ -184,7 +195,19 @@ def table(tally: Tally, minutes: float, slope: float, margin: float, level: floa
     }
     head = " | ".join(["minutes", *figures])
     row = " | ".join([f"{minutes:g}", *figures.values()])
-    return f"| {head} |\n|{'---|' * (len(figures) + 1)}\n| {row} |\n\nMade by `python -m benchmarks.soak`.\n"
+    lines = [f"| {head} |", f"|{'---|' * (len(figures) + 1)}", f"| {row} |", "", *_by_process(tally), ""]
+    return "\n".join([*lines, "Made by `python -m benchmarks.soak`.", ""])
+
+
+def _by_process(tally: Tally) -> list[str]:
+    """Of the processes that were there from the beginning to the end."""
+    lines = ["| process | memory, MiB | growth, MiB an hour |", "|---|---|---|"]
+    for name in tally.memory[0][1]:
+        sizes = [(at, found[name]) for at, found in tally.memory if name in found]
+        if len(sizes) == len(tally.memory):
+            slope, margin, level = growth(sizes)
+            lines.append(f"| {name.split(' ')[0]} | {level:.0f} | {slope:.1f} +- {margin:.1f} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def check(config: EvaluateConfig) -> None:
     from jobs.large_evaluation import check_scaling
     from jobs.recipe import training_config
     from jobs.train import check as check_training
+    from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
     from mfm_ray.protocols.imagenet_finetuning import ImagenetFinetuningProtocol
 
@@ -42,7 +43,11 @@ def check(config: EvaluateConfig) -> None:
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
     data = None if config.data_path is None else Storage(config.data_path)
+<<<<<<< HEAD
     evaluator(protocol.name).load(protocol, Storage(config.model), data, config.seed)
+=======
+    evaluator(protocol.name).load(model_place(config.model), data)
+>>>>>>> main
 
 
 def _check_nothing_trained(config: EvaluateConfig) -> None:
@@ -55,6 +60,7 @@ def _check_nothing_trained(config: EvaluateConfig) -> None:
 def body(run: JobRun) -> Outcome:
     from jobs.evaluation import command_line, evaluate_model, needs_model, recipe_of
     from jobs.recipe import model_of_recipe, training_config
+    from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
 
     began = time.monotonic()
@@ -64,8 +70,13 @@ def body(run: JobRun) -> Outcome:
         return evaluate_model(run, protocol, None, None, command=command, began=began)
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
+<<<<<<< HEAD
         return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
     trained = model_of_recipe(training_config(recipe_of(protocol), config.training, seed=config.seed), run)
+=======
+        return evaluate_model(run, protocol, model_place(config.model), data, command=command, began=began)
+    trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
+>>>>>>> main
     return evaluate_model(
         run,
         protocol,

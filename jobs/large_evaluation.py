@@ -114,10 +114,14 @@ def deciding_settings(
 ) -> dict[str, Any]:
     """Everything that the pieces depend on."""
     from mfm_ray.data.shards import read_manifest
+    from mfm_ray.latent_models import Decoding, autoencoder_checksum
 
     settings: dict[str, Any] = {key: value for key, value in asdict(protocol).items() if key not in _AFTERWARDS}
     settings |= {"model": model_checksum(model), "seed": seed}
     settings["data"] = None if data is None else read_manifest(data).sha256
+    autoencoder = autoencoder_checksum(model, Decoding())
+    if autoencoder is not None:
+        settings["autoencoder"] = autoencoder
     if material.reference is not None:
         settings["reference"] = material.reference.fingerprint
     if settings.get("inception") is not None:

@@ -26,6 +26,7 @@ def check_settings(config: TrainConfig, space: DataSpace, num_classes: int) -> N
 
     from mfm_ray.networks import build_network
     from mfm_ray.training.launch import check_config
+    from mfm_ray.training.starting import check_start
 
     check_config(config)
     if config.scaling.use_gpu and not may_join() and not torch.cuda.is_available():
@@ -34,6 +35,7 @@ def check_settings(config: TrainConfig, space: DataSpace, num_classes: int) -> N
         raise InputError(f"classifier_steps={config.classifier_steps}: {config.data.name} has no classes; expected 0")
     with torch.device("meta"):
         build_network(config.network, space=space, num_classes=num_classes)
+    check_start(config.init_from, config.network, space=space, num_classes=num_classes)
 
 
 def body(run: JobRun) -> Outcome:

@@ -90,7 +90,18 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(JobConfig):
+class DecodingConfig:
+    """How pictures are made of the latents of a model (`mfm_ray.latent_models.Decoding`)."""
+
+    autoencoder: str | None = setting(
+        "of a model of latents: folder or hf://owner/name; auto: the model's own; null: none, samples are latents"
+    )
+    check_autoencoder: bool = setting("refuse an autoencoder that the model's latents were not made with")
+    decode_at_once: int = setting("pictures that are in the autoencoder at a time, on a GPU; bounds memory", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(JobConfig, DecodingConfig):
     """What every training of a network takes, from data or towards a reward."""
 
     max_steps: int = setting("optimiser steps", minimum=1)
@@ -130,6 +141,9 @@ class TrainConfig(TrainingConfig):
     data: DataConfig = setting("training data")
     augmentation: AugmentationConfig = setting("jitter of training images")
     network: dict[str, Any] = setting("network by name, with its constructor's arguments")
+    init_from: str | None = setting(
+        "weights to begin with: a model directory, or an official MFM, DMF or SiT file; null: at random"
+    )
     objective: dict[str, Any] = setting("objective by name, with its constructor's arguments")
     classifier_steps: int = setting("training steps of the class judge saved beside the model; 0: none", minimum=0)
 
@@ -185,8 +199,23 @@ class PrepareDataConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfficialConfig:
+    """What the shapes of bare weights do not say."""
+
+    num_heads: int | None = setting("attention heads; null: of the published size, else 16", minimum=1)
+    encoder_depth: int | None = setting("blocks of the encoder; null: of the published size, else 20", minimum=1)
+    cfg_scales: list[float] | None = setting("guidance scales of the rows after the first; null: [2.5]", above=0)
+    time_flip: bool | None = setting("the network's time runs from data to noise; null: unless it is a SiT")
+    scale: float | None = setting("model units in one unit of the latents; null: 0.18215", above=0)
+    ema: bool | None = setting("averaged weights, or those beside them; null: the averaged where there are any")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportConfig(JobConfig):
-    checkpoint: str | None = setting("checkpoint folder, or the folder of a training run: its newest")
+    checkpoint: str | None = setting(
+        "checkpoint folder, the folder of a training run: its newest; or an official MFM, DMF or SiT file, or hf://"
+    )
+    official: OfficialConfig = setting("of an official file alone")
     ema_decay: float | None = setting(
         "which moving average, by its decay; null: the first of the run's ema_decay", minimum=0, below=1
     )
@@ -206,7 +235,7 @@ class SampleScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(JobConfig):
+class SampleConfig(JobConfig, DecodingConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
     num_steps: int | None = setting("steps of the sampler; null: the preset's, or 50", minimum=1)
@@ -311,6 +340,9 @@ class DeployConfig(JobConfig):
     rewards: list[str] | None = setting("rewards that are served, by name; null: what the config says")
     presets: str | None = setting("presets.yaml of a sweep, which quality means; null: what the config says")
     config: str = setting("file in Ray Serve's own schema: replicas, resources, scaling, limits")
+    autoencoder: str | None = setting(
+        "of models of latents: folder or hf://owner/name; auto: the model's own; null: what the config says"
+    )
     keys_file: str | None = setting("file of accepted keys, one a line; null: MFM_RAY_API_KEYS alone")
     port: int | None = setting("HTTP port; null: what the config says", minimum=1, maximum=65535)
     start_timeout_s: float = setting("seconds in which everything must be ready", above=0)

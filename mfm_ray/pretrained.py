@@ -5,6 +5,7 @@
                          "data": {"name", "kind", "event_shape", "range", "num_classes", "class_names"},
                          "cfg_scales", "training": {...}}
     README.md           model card, with the pictures beside it
+    autoencoder/        the autoencoder of a model of latents, where somebody put it there (`mfm_ray.latent_models`)
     classifier.safetensors, classifier.json   the data's own classifier, where there is one
 
 Functions import `storage` themselves, since it loads pyarrow, which `import mfm_ray` does without.
@@ -13,7 +14,7 @@ Functions import `storage` themselves, since it loads pyarrow, which `import mfm
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.hub import is_hub, local_folder
+from mfm_ray.latent_models import AUTO, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
+from mfm_ray.official import SUFFIXES, is_weights, only_weights_in, read_weights
 
 if TYPE_CHECKING:
     from mfm_ray.storage import Storage
@@ -37,6 +41,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 CLASSIFIER_FORMAT = "mfm-ray-classifier"
 CLASSIFIER_CONFIG, CLASSIFIER_WEIGHTS = "classifier.json", "classifier.safetensors"
 _NAMES_SHOWN = 3
+_HUB_FILES = ("*.json", "*.md", "*.png", *(f"*{suffix}" for suffix in SUFFIXES))
 
 
 def save_model(
@@ -79,17 +84,55 @@ def save_model(
     return full
 
 
-def load_flow_map(source: str | Path | Storage) -> FlowMap:
-    """The flow map of a model directory, on the CPU, in eval mode, its parameters frozen.
+def load_flow_map(
+    source: str | Path | Storage,
+    *,
+    num_heads: int | None = None,
+    encoder_depth: int | None = None,
+    cfg_scales: Sequence[float] | None = None,
+    time_flip: bool | None = None,
+    scale: float | None = None,
+    ema: bool | None = None,
+    autoencoder: str | Path | Decoding | None = AUTO,
+) -> FlowMap:
+    """The flow map of a model directory or a file of bare weights, on the CPU, in eval mode, its parameters frozen.
+
+    source: a model directory; an official MFM, DMF or SiT file (`.pt`, `.safetensors`); a URI of either; or
+    `hf://owner/name[@revision]`, a repository that is a model directory or holds one such file.
+
+    The keywords are of bare weights, for what their shapes do not say. num_heads, encoder_depth: None for those of the
+    published size that it is, else XL/2's, 16 and 20. cfg_scales: guidance scales of the rows after the first, [2.5].
+    time_flip: whether the network's time runs from data to noise: True, but for SiT's files with a learned sigma.
+    scale: model units in one unit of the autoencoder's latents, 0.18215. ema: averaged weights (True), those beside
+    them (False); None: the averaged ones where the file has both.
+
+    autoencoder: of a model of latents, whose samples are then pictures: a folder or `hf://owner/name`; "auto": the
+    model's own where it names or carries one (`mfm_ray.latent_models`); None: samples are latents.
 
     InputError naming the file for whatever is missing, truncated, of another format, or does not fit the network
-    that config.json describes, tensor by tensor.
+    tensor by tensor, and for keywords that contradict it.
     """
-    from mfm_ray.storage import Storage
+    place = model_place(source)
+    facts: dict[str, Any] = {
+        "num_heads": num_heads,
+        "encoder_depth": encoder_depth,
+        "cfg_scales": cfg_scales,
+        "time_flip": time_flip,
+        "scale": scale,
+    }
+    if is_weights(place):
+        file = read_weights(place, ema=ema)
+        flow_map, data = file.flow_map(**facts), file.config(**facts)["data"]
+    else:
+        config = read_model_config(place, ema=ema, **facts)
+        flow_map, data = _of_directory(place, config), config["data"]
+    flow_map.space = decoded_space(flow_map.space, place, data, Decoding.by(autoencoder))
+    return flow_map.eval().requires_grad_(False)
 
-    storage = Storage(source)
-    config = read_model_config(storage)
-    where = storage.uri_of(CONFIG)
+
+def _of_directory(place: Storage, config: Mapping[str, Any]) -> FlowMap:
+    """The network that config.json of a model directory describes, with its weights."""
+    where = place.uri_of(CONFIG)
     try:
         flow_map = build_network(
             config["network"],
@@ -98,18 +141,43 @@ def load_flow_map(source: str | Path | Storage) -> FlowMap:
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where}: {_reason(error)}") from error
-    load_weights(flow_map, _read(storage, WEIGHTS), where=storage.uri_of(WEIGHTS))
-    return flow_map.eval().requires_grad_(False)
+    load_weights(flow_map, _read(place, WEIGHTS), where=place.uri_of(WEIGHTS))
+    return flow_map
 
 
-def read_model_config(source: str | Path | Storage) -> dict[str, Any]:
-    """config.json of a model directory; InputError when there is none or it is of another format or version."""
+def read_model_config(source: str | Path | Storage, **facts: Any) -> dict[str, Any]:
+    """config.json of a model directory, or what that of bare weights would say with these keywords of `load_flow_map`.
+
+    InputError when there is none, it is of another format or version, or the keywords contradict the weights.
+    """
+    place = model_place(source)
+    if is_weights(place):
+        ema = facts.pop("ema", None)
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return {**head, **read_weights(place, ema=ema).config(**facts)}
+    if not place.exists():
+        raise InputError(f"model={place} does not exist, expected a model directory or a file of weights")
+    config = _read_config(place, CONFIG, FORMAT, required=("network", "data"))
+    _check_facts(config, facts, where=place.uri_of(CONFIG))
+    return config
+
+
+def model_place(source: str | Path | Storage, *, key: str = "model") -> Storage:
+    """Where a model is: its directory, or the file of bare weights; one of the hub is downloaded first.
+
+    A folder without a config.json in which there is one file of weights stands for that file. InputError for what
+    cannot be had of the hub; whether anything is at a place is not checked.
+    """
     from mfm_ray.storage import Storage
 
-    storage = Storage(source)
-    if not storage.exists():
-        raise InputError(f"model={storage} does not exist, expected a model directory")
-    return _read_config(storage, CONFIG, FORMAT, required=("network", "data"))
+    if isinstance(source, str | Path) and is_hub(source):
+        folder = Storage(local_folder(source, key=key, files=_HUB_FILES))
+        return folder if folder.exists(CONFIG) and not _is_foreign(folder) else only_weights_in(folder)
+    place = Storage(source)
+    if place.is_dir() and not place.exists(CONFIG):
+        names = [name for name in place.listdir() if name.endswith(SUFFIXES)]
+        return place.child(names[0]) if len(names) == 1 else place
+    return place
 
 
 def save_classifier(
@@ -126,9 +194,7 @@ def save_classifier(
 
 def load_classifier(model_dir: str | Path | Storage) -> DigitClassifier:
     """The classifier of a model directory, on the CPU, in eval mode, frozen; refusals as in `load_flow_map`."""
-    from mfm_ray.storage import Storage
-
-    storage = Storage(model_dir)
+    storage = model_place(model_dir)
     if not storage.exists(CLASSIFIER_CONFIG):
         raise InputError(f"{storage.uri_of(CLASSIFIER_CONFIG)} is missing: this model comes without a classifier")
     config = _read_config(storage, CLASSIFIER_CONFIG, CLASSIFIER_FORMAT, required=("num_classes", "event_shape"))
@@ -144,8 +210,16 @@ def load_classifier(model_dir: str | Path | Storage) -> DigitClassifier:
 def load_weights(module: nn.Module, content: bytes, *, where: str) -> None:
     """Strictly loads the content of a safetensors file (called `where` in errors) into a module.
 
+    InputError as `checked_weights` raises; the module is left as it was in that case.
+    """
+    module.load_state_dict(checked_weights(module, content, where=where), strict=True)
+
+
+def checked_weights(module: nn.Module, content: bytes, *, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, when they are those of the module, which may be on no device.
+
     InputError naming the file and the first tensors that are missing, unexpected, of another shape or type, or not
-    finite. The module is left as it was in that case.
+    finite.
     """
     try:
         tensors = safetensors.torch.load(content)
@@ -163,7 +237,7 @@ def load_weights(module: nn.Module, content: bytes, *, where: str) -> None:
         if tensor.is_floating_point() != own.is_floating_point():
             raise InputError(f"{where}: {name} has type {tensor.dtype}, expected {own.dtype}")
     _check_finite(tensors, where)
-    module.load_state_dict(tensors, strict=True)
+    return tensors
 
 
 def model_card(config: Mapping[str, Any], metrics: Mapping[str, float], pictures: Mapping[str, bytes]) -> str:
@@ -208,6 +282,25 @@ def _full_config(flow_map: FlowMap, config: Mapping[str, Any]) -> dict[str, Any]
         raise InputError(f"config.data is {described}, the flow map's is {flow_map.space} with {flow_map.num_classes}")
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
     return {**head, "network": own["network"], "interpolant": "linear", **config, "cfg_scales": own["cfg_scales"]}
+
+
+def _check_facts(config: Mapping[str, Any], facts: Mapping[str, Any], *, where: str) -> None:
+    """InputError for a keyword of bare weights that is not what config.json says itself."""
+    said = {**_mapping(config["network"]), "scale": _mapping(config["data"]).get("scale")}
+    for name, value in facts.items():
+        given = list(value) if isinstance(value, tuple) else value
+        if given is not None and said.get(name) != given:
+            raise InputError(f"{name}={value}: {where} says {said.get(name, 'nothing of it')}")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_foreign(folder: Storage) -> bool:
+    """Whether config.json is that of another library, as many repositories have one beside their weights."""
+    config = folder.read_json(CONFIG)
+    return not isinstance(config, dict) or config.get("format") != FORMAT
 
 
 def _check_pictures(pictures: Mapping[str, bytes]) -> None:

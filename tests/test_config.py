@@ -5,6 +5,7 @@ import json
 from importlib import resources
 
 import pytest
+import torch
 import yaml
 
 from mfm_ray.config import ROOTS, TrainConfig, compose, flatten, group_choices, load_config, sweep_files, to_dict
@@ -12,8 +13,9 @@ from mfm_ray.errors import InputError
 from mfm_ray.finetuning import METHODS
 from mfm_ray.finetuning.adapters import ADAPTERS
 from mfm_ray.networks import NETWORKS, build_network
-from mfm_ray.objectives import OBJECTIVES, build_objective
+from mfm_ray.objectives import OBJECTIVES, build_objective, needs_teacher
 from mfm_ray.settings import from_dict, nearest
+from mfm_ray.training.zero import split_batch
 
 RECIPE = {"train": ["experiment=digits"], "tune": ["sweep=methods"]}
 GROUPS = {
@@ -72,10 +74,19 @@ def test_what_a_recipe_names_can_be_built(experiment: str) -> None:
     config = load_config("train", [f"experiment={experiment}"])
     assert isinstance(config, TrainConfig)
     assert config.name == experiment
-    build_objective(config.objective)
-    shape = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "gmm": (2,)}[config.data.name]
-    space = DataSpace(kind="coordinates" if len(shape) == 1 else "image", event_shape=shape)
-    build_network(config.network, space=space, num_classes=10)
+    space = {
+        "digits": DataSpace("image", (1, 8, 8)),
+        "mnist": DataSpace("image", (1, 28, 28)),
+        "gmm": DataSpace("coordinates", (2,)),
+        "images": DataSpace("latent", (4, 32, 32), scale=0.18215),
+    }[config.data.name]
+    with torch.device("meta"):
+        network = build_network(config.network, space=space, num_classes=1000)
+    build_objective(config.objective, teacher=network if needs_teacher(config.objective) else None)
+    sizes = {"imagenet_b2": 134_847_760, "imagenet_xl2": 684_286_864, "imagenet_xl2_distilled": 684_286_864}
+    if experiment in sizes:  # as published, with the 256 fixed positions
+        assert sum(tensor.numel() for tensor in network.state_dict().values()) == sizes[experiment]
+    split_batch(config.global_batch_size, num_workers=8, micro_batch_size=config.micro_batch_size)
 
 
 def test_choices_and_registries_name_the_same_classes() -> None:
@@ -93,8 +104,8 @@ def test_choices_and_registries_name_the_same_classes() -> None:
         (["stage=1"], "stage: unknown key; did you mean zero.stage?"),
         (["network.with=3"], "network.with: unknown key; did you mean network.width?"),
         (["reward=symmetry"], "reward: unknown key"),
-        (["experiment=digit"], "experiment=digit: expected one of digits, gmm, mnist; did you mean digits?"),
-        (["experiment=[digits,gmm]"], "expected one of digits, gmm, mnist"),
+        (["experiment=digit"], "experiment=digit: expected one of digits, gmm, imagenet_b2, imagenet_xl2,"),
+        (["experiment=[digits,gmm]"], "expected one of digits, gmm, imagenet_b2,"),
         (["objective=semigroop"], "did you mean semigroup?"),
         (["network=null"], "network=null: expected one of "),
         (["max_steps=abc"], "max_steps=abc: expected a whole number of at least 1"),
@@ -127,7 +138,7 @@ def test_a_mistake_is_one_line_that_names_it(words: list[str], message: str) -> 
 
 
 def test_a_training_needs_a_recipe() -> None:
-    with pytest.raises(InputError, match=r"experiment: missing; .* one of digits, gmm, mnist"):
+    with pytest.raises(InputError, match=r"experiment: missing; .* one of digits, gmm, imagenet_b2, "):
         load_config("train", ["max_steps=3"])
 
 

@@ -79,6 +79,7 @@ def training_summary(found: CheckpointModel) -> dict[str, Any]:
         "num_workers": state.world_size,
         "zero_stage": state.stage,
         **{key: state.config[key] for key in told},
+        "init_from": state.config.get("init_from"),
         "ema_decay": found.decay,
         "data_sha256": state.data_sha256,
     }
