@@ -43,11 +43,7 @@ def check(config: EvaluateConfig) -> None:
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
     data = None if config.data_path is None else Storage(config.data_path)
-<<<<<<< HEAD
-    evaluator(protocol.name).load(protocol, Storage(config.model), data, config.seed)
-=======
-    evaluator(protocol.name).load(model_place(config.model), data)
->>>>>>> main
+    evaluator(protocol.name).load(protocol, model_place(config.model), data, config.seed)
 
 
 def _check_nothing_trained(config: EvaluateConfig) -> None:
@@ -70,13 +66,8 @@ def body(run: JobRun) -> Outcome:
         return evaluate_model(run, protocol, None, None, command=command, began=began)
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
-<<<<<<< HEAD
-        return evaluate_model(run, protocol, Storage(config.model), data, command=command, began=began)
-    trained = model_of_recipe(training_config(recipe_of(protocol), config.training, seed=config.seed), run)
-=======
         return evaluate_model(run, protocol, model_place(config.model), data, command=command, began=began)
-    trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
->>>>>>> main
+    trained = model_of_recipe(training_config(recipe_of(protocol), config.training, seed=config.seed), run)
     return evaluate_model(
         run,
         protocol,
