@@ -14,40 +14,47 @@ from mfm_ray.storage import Storage
 
 def check(config: EvaluateConfig) -> None:
     """The protocol's settings fit together, and model and data are there and whole."""
-    from jobs.evaluation import evaluator, needs_model
+    from jobs.evaluation import evaluator, needs_model, recipe_of
+    from jobs.large_evaluation import check_scaling
     from jobs.recipe import training_config
     from jobs.train import check as check_training
     from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
+    from mfm_ray.protocols.imagenet_finetuning import ImagenetFinetuningProtocol
 
     protocol = build_protocol(config.protocol)
+    if not evaluator(protocol.name).in_pieces:
+        check_scaling(config)
     if not needs_model(protocol):
         _check_nothing_trained(config)
+        if isinstance(protocol, ImagenetFinetuningProtocol):
+            evaluator(protocol.name).evaluate(protocol, None)  # reads the runs
         return
     if config.model is None:
+        recipe = recipe_of(protocol)
         if config.data_path is not None:
             raise InputError(
                 "data_path: belongs to a model; a recipe is trained on its own data (+training.data.path=...)"
             )
-        check_training(training_config(protocol.experiment, config.training, seed=config.seed))
+        check_training(training_config(recipe, config.training, seed=config.seed))
         return
     if config.training:
         raise InputError(
             f"training.{next(iter(config.training))}: with model= nothing is trained; leave one of them out"
         )
     data = None if config.data_path is None else Storage(config.data_path)
-    evaluator(protocol.name).load(model_place(config.model), data)
+    evaluator(protocol.name).load(protocol, model_place(config.model), data, config.seed)
 
 
 def _check_nothing_trained(config: EvaluateConfig) -> None:
     """For a protocol without a model: no settings of one."""
     for key in ("model", "data_path", "training"):
         if getattr(config, key):
-            raise InputError(f"{key}: nothing is trained or loaded with protocol.exact=true; leave one of them out")
+            raise InputError(f"{key}: this protocol trains and loads no model; leave it out")
 
 
 def body(run: JobRun) -> Outcome:
-    from jobs.evaluation import command_line, evaluate_model, needs_model
+    from jobs.evaluation import command_line, evaluate_model, needs_model, recipe_of
     from jobs.recipe import model_of_recipe, training_config
     from mfm_ray.pretrained import model_place
     from mfm_ray.protocols import build_protocol
@@ -60,7 +67,7 @@ def body(run: JobRun) -> Outcome:
     if config.model is not None:
         data = None if config.data_path is None else Storage(config.data_path)
         return evaluate_model(run, protocol, model_place(config.model), data, command=command, began=began)
-    trained = model_of_recipe(training_config(protocol.experiment, config.training, seed=config.seed), run)
+    trained = model_of_recipe(training_config(recipe_of(protocol), config.training, seed=config.seed), run)
     return evaluate_model(
         run,
         protocol,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.sample_shards import Record, Shard, make_record, picture_of, samples_parquet
 from mfm_ray.config import SampleConfig
@@ -13,6 +13,17 @@ from mfm_ray.storage import Storage
 Log = Callable[[str], None]
 Keep = Callable[[Shard, Record], None]
 _LINE_EVERY_S = 10.0
+
+
+class MakesShards(Protocol):
+    """What workers share: it writes the file and the record of a shard below `run`."""
+
+    @property
+    def run(self) -> Storage: ...
+
+    def move(self) -> None: ...
+
+    def make(self, shard: Shard, progress: Callable[[int], None]) -> Record: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +141,7 @@ class Progress:
         self._log(f"{done:,} of {self._total:,} images, {rate}{who}, {left}")
 
 
-def make_here(maker: ShardMaker, shards: Sequence[Shard], keep: Keep, progress: Progress) -> None:
+def make_here(maker: MakesShards, shards: Sequence[Shard], keep: Keep, progress: Progress) -> None:
     """The shards one after the other in this process, with all its threads; each goes to `keep` when it is written."""
 
     def tell(done: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.sample_maker import Keep, Log, Progress, ShardMaker
+from jobs.sample_maker import Keep, Log, MakesShards, Progress
 from jobs.sample_shards import Record, Shard
 from mfm_ray.config import SampleScalingConfig
 from mfm_ray.errors import InputError
@@ -85,7 +85,7 @@ def _reason(error: Exception) -> str:
 
 
 def make_on_ray(
-    maker: ShardMaker, shards: Sequence[Shard], keep: Keep, progress: Progress, *, workers: Workers, log: Log
+    maker: MakesShards, shards: Sequence[Shard], keep: Keep, progress: Progress, *, workers: Workers, log: Log
 ) -> None:
     """The shards by workers of the joined cluster, in the order in which they finish."""
     pool = _Pool(maker, workers, progress, log)
@@ -98,7 +98,7 @@ def make_on_ray(
 class ShardWorker:
     """A Ray actor. Its calls run in two threads: one makes shards, the other says how far the first one is."""
 
-    def __init__(self, maker: ShardMaker, threads: int) -> None:
+    def __init__(self, maker: MakesShards, threads: int) -> None:
         self._maker, self._threads, self._done = maker, threads, 0
         maker.move()
 
@@ -127,7 +127,7 @@ class ShardWorker:
 class _Pool:
     """The queue of shards, and the workers that take from it."""
 
-    def __init__(self, maker: ShardMaker, workers: Workers, progress: Progress, log: Log) -> None:
+    def __init__(self, maker: MakesShards, workers: Workers, progress: Progress, log: Log) -> None:
         import ray
 
         self._workers, self._progress, self._log, self._storage = workers, progress, log, maker.run

@@ -51,7 +51,7 @@ class Shard:
 
     def _beside(self, ending: str) -> str:
         folder, _, name = self.file.rpartition("/")
-        return f"{folder}/_{name.removesuffix('parquet')}{ending}"
+        return f"{folder}/_{name.rpartition('.')[0]}.{ending}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,11 @@ def model_checksum(model: Storage) -> str:
     if is_weights(model):
         return sha256_of(model)
     present = [name for name in (CONFIG, WEIGHTS, CLASSIFIER_CONFIG, CLASSIFIER_WEIGHTS) if model.is_file(name)]
-    return _sha256("".join(f"{name} {_sha256(model.read_bytes(name))}\n" for name in present).encode())
+    return sha256("".join(f"{name} {sha256(model.read_bytes(name))}\n" for name in present).encode())
 
 
 def checksum(settings: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(settings, sort_keys=True).encode())
+    return sha256(json.dumps(settings, sort_keys=True).encode())
 
 
 def read_manifest(run: Storage) -> dict[str, Any] | None:
@@ -166,7 +166,9 @@ def finished_records(run: Storage, shards: Iterable[Shard], settings: Mapping[st
     """Records of the shards that need not be made again, by index; reads every byte that they vouch for."""
     decided = checksum(settings)
     listed = {entry.get("file"): entry for entry in (read_manifest(run) or {}).get("shards", [])}
-    present = {f"{FOLDER}/{name}" for name in run.listdir(FOLDER)} if run.is_dir(FOLDER) else set()
+    shards = list(shards)
+    folders = sorted({shard.file.rpartition("/")[0] for shard in shards if "/" in shard.file})
+    present = {f"{folder}/{name}" for folder in folders if run.is_dir(folder) for name in run.listdir(folder)}
 
     def look(shard: Shard) -> tuple[int, Record | None]:
         if shard.record is None:
@@ -235,7 +237,7 @@ def make_record(shard: Shard, content: bytes, drawn: Any, *, settings: Mapping[s
         first_image=shard.first_image,
         count=shard.count,
         rows=len(drawn.images),
-        sha256=_sha256(content),
+        sha256=sha256(content),
         nfe=float(drawn.nfe),
         reward=None if rewards is None else float(rewards.mean()),
         reward_std=None if rewards is None else (float(rewards.std()) if len(rewards) > 1 else 0.0),
@@ -300,7 +302,7 @@ def _verified(run: Storage, shard: Shard, entry: Any, settings: str) -> Record |
         return None
     wanted = (shard.file, shard.first_image, shard.count, shard.count, settings)
     found = (record.file, record.first_image, record.count, record.rows, record.settings)
-    return record if found == wanted and _sha256(content) == record.sha256 else None
+    return record if found == wanted and sha256(content) == record.sha256 else None
 
 
 def _leaves(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -320,5 +322,5 @@ def _data_checksum(place: str) -> str:
     return read_data_manifest(place).sha256
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

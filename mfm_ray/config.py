@@ -333,6 +333,7 @@ class EvaluateConfig(JobConfig):
     model: str | None = setting("model directory; null: the protocol's own recipe is trained")
     data_path: str | None = setting("prepared data to compare the model with; null: bundled data of its own kind")
     training: dict[str, Any] = setting("keys of jobs.train when there is no model: +training.max_steps=500")
+    scaling: SampleScalingConfig = setting("workers of a protocol that is made in pieces (imagenet_*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -597,7 +598,7 @@ def _compose(root: str, words: Sequence[str]) -> Composed:
         leaves_of = flatten(values["objectives"])
         values["objectives"] = {name: mode for name, mode in leaves_of.items() if not isinstance(mode, dict)}
     if isinstance(values.get("judges"), list):
-        values["judges"] = [_filled_part(judge) for judge in values["judges"]]
+        values["judges"] = [filled_reward(judge) for judge in values["judges"]]
     return Composed(values=values, choices=choices)
 
 
@@ -607,10 +608,11 @@ def _with_filled_parts(reward: dict[str, Any]) -> dict[str, Any]:
     A part may be its name alone. What is no reward stays as it is: `mfm_ray.building` refuses it by its place.
     """
     parts = reward.get("parts")
-    return {**reward, "parts": [_filled_part(part) for part in parts]} if isinstance(parts, list) else reward
+    return {**reward, "parts": [filled_reward(part) for part in parts]} if isinstance(parts, list) else reward
 
 
-def _filled_part(part: Any) -> Any:
+def filled_reward(part: Any) -> Any:
+    """A reward given by its name, or by some keys, with the defaults of `conf/reward/<name>.yaml` for the others."""
     given = {"name": part} if isinstance(part, str) else part
     if not isinstance(given, dict) or given.get("name") not in group_choices("reward"):
         return given

@@ -276,8 +276,11 @@ def refine(
     label: int | Tensor | None = None,
     cfg_scale: float | None = None,
     batch_size: int = 1024,
+    first_image: int = 0,
 ) -> Tensor:
     """K-step refinement (the paper's Algorithm 1): draw x_1 ~ p(x_1 | x_t), re-noise it to the next time, repeat.
+
+    first_image: number of the first image, so that a large job can be cut into calls.
 
     Grid 0 = t_0 < ... < t_K = 1, uniform; num_steps network calls an image. Marginals are preserved exactly by an exact
     map, for any number of steps. Returns (num_samples, *sample_shape) in data units, clamped. One step is the flow map
@@ -288,7 +291,7 @@ def refine(
     parts = []
     for begin in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - begin)
-        noise = KeyedNoise.for_images(seed, count, first=begin, device=_device(flow_map))
+        noise = KeyedNoise.for_images(seed, count, first=first_image + begin, device=_device(flow_map))
         chunk_labels = None if labels is None else labels[begin : begin + count]
         parts.append(_refine_rows(PaddedFlowMap(flow_map), noise, num_steps, chunk_labels, cfg_scale))
     return flow_map.space.clamp(flow_map.space.to_data_units(torch.cat(parts)))

@@ -12,10 +12,11 @@ from mfm_ray.metrics.classes import (
     pmf_floor,
     total_variation,
 )
-from mfm_ray.metrics.correlation import Correlation, pearson
+from mfm_ray.metrics.correlation import Correlation, pearson, spearman
 from mfm_ray.metrics.distances import (
     NUM_PROJECTIONS,
     frechet_distance,
+    gaussian_frechet_distance,
     median_distance,
     rbf_bandwidths,
     sliced_w2,
@@ -24,7 +25,17 @@ from mfm_ray.metrics.distances import (
     weighted_squared_mmd,
 )
 from mfm_ray.metrics.diversity import mean_pairwise_distance, vendi_score
+from mfm_ray.metrics.features import (
+    ClassifierFeatures,
+    FeatureExtractor,
+    FeatureStatistics,
+    InceptionFeatures,
+    RawFeatures,
+    eight_bit,
+)
 from mfm_ray.metrics.intervals import Mean, OverFloor, by_students_t, distance_floor, mean_with_interval, over_floor
+from mfm_ray.metrics.kernel_distance import kernel_inception_distance, polynomial_squared_mmd
+from mfm_ray.metrics.manifold import PrecisionRecall, precision_recall
 from mfm_ray.metrics.neighbours import Memorisation, Nearest, memorisation, nearest_neighbours
 from mfm_ray.metrics.selection import (
     WeightedMoments,
@@ -36,11 +47,17 @@ from mfm_ray.metrics.selection import (
 
 __all__ = [
     "NUM_PROJECTIONS",
+    "ClassifierFeatures",
     "Correlation",
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "InceptionFeatures",
     "Mean",
     "Memorisation",
     "Nearest",
     "OverFloor",
+    "PrecisionRecall",
+    "RawFeatures",
     "WeightedMoments",
     "best_of_n_probabilities",
     "by_students_t",
@@ -50,7 +67,10 @@ __all__ = [
     "classifier_features",
     "distance_floor",
     "effective_sample_size",
+    "eight_bit",
     "frechet_distance",
+    "gaussian_frechet_distance",
+    "kernel_inception_distance",
     "mean_pairwise_distance",
     "mean_with_interval",
     "median_distance",
@@ -60,8 +80,11 @@ __all__ = [
     "pearson",
     "pmf_distance",
     "pmf_floor",
+    "polynomial_squared_mmd",
+    "precision_recall",
     "rbf_bandwidths",
     "sliced_w2",
+    "spearman",
     "squared_mmd",
     "tilting_weights",
     "total_variation",

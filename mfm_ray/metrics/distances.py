@@ -149,11 +149,25 @@ def frechet_distance(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> 
     x, y = (rows_of(set_, "frechet_distance", at_least=2) for set_ in (a, b))
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"frechet_distance: rows of {x.shape[1]} and {y.shape[1]} features, expected the same")
-    (mean_x, covariance_x), (mean_y, covariance_y) = _moments(x, weights), _moments(y, None)
-    shift = (mean_x - mean_y).square().sum()
+    return gaussian_frechet_distance(*_moments(x, weights), *_moments(y, None))
+
+
+def gaussian_frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
+    """`frechet_distance` of two Gaussians by their means (D,) and covariances (D, D), float64.
+
+    ValueError for shapes that do not fit and for what is not finite.
+    """
+    shapes = [tuple(part.shape) for part in (mean_a, covariance_a, mean_b, covariance_b)]
+    size = len(mean_a)
+    if shapes != [(size,), (size, size), (size,), (size, size)]:
+        raise ValueError(f"gaussian_frechet_distance: shapes {shapes}, expected (D,), (D, D), (D,), (D, D)")
+    if not all(bool(part.isfinite().all()) for part in (mean_a, covariance_a, mean_b, covariance_b)):
+        raise ValueError("gaussian_frechet_distance: NaN or infinity among the moments")
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    first, second = covariance_a.double(), covariance_b.double()
     # the singular values of S_a^{1/2} S_b^{1/2} are the eigenvalues of the last root, with no square root of rounding
-    cross = torch.linalg.svdvals(_symmetric_root(covariance_x) @ _symmetric_root(covariance_y)).sum()
-    return max(0.0, float(shift + covariance_x.trace() + covariance_y.trace() - 2 * cross))
+    cross = torch.linalg.svdvals(_symmetric_root(first) @ _symmetric_root(second)).sum()
+    return max(0.0, float(shift + first.trace() + second.trace() - 2 * cross))
 
 
 def _moments(rows: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

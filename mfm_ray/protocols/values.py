@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +34,9 @@ from mfm_ray.rewards import WeightedSum
 from mfm_ray.settings import setting
 from mfm_ray.steering import Reward, score
 from mfm_ray.values import ValueEstimate, estimate_value
+
+if TYPE_CHECKING:
+    from mfm_ray.protocols.imagenet_values import ImagenetValuesProtocol
 
 IMAGE_REWARDS = ("class_mixture", "symmetry")
 LINEAR = "linear_observation"
@@ -106,11 +110,13 @@ class Estimator:
 class Agreement:
     """Of estimates with a truth, over contexts, in nats.
 
-    correlation: Pearson's; bias and rms: of estimate - truth; within: share of the contexts whose truth lies within two
-    standard errors of the estimate; within_both: within two of the difference, which counts the truth's own error too.
+    correlation: Pearson's; ranks: Spearman's; bias and rms: of estimate - truth; within: share of the contexts whose
+    truth lies within two standard errors of the estimate; within_both: within two of the difference, which counts the
+    truth's own error too.
     """
 
     correlation: Correlation
+    ranks: Correlation
     bias: float
     rms: float
     within: float
@@ -150,7 +156,7 @@ class ValueStudy:
 class ValuesEvaluation:
     """All that the report shows. truth_calls: network rows of one true value."""
 
-    protocol: ValuesProtocol
+    protocol: ValuesProtocol | ImagenetValuesProtocol
     rewards: tuple[str, ...]
     studies: tuple[ValueStudy, ...]
     truth_calls: int
@@ -179,11 +185,14 @@ class ValuesEvaluation:
 
 
 def _named(base: str, agreement: Agreement, suffix: str) -> dict[str, float]:
-    r = agreement.correlation
+    r, ranks = agreement.correlation, agreement.ranks
     return {
         f"{base}.r{suffix}": r.value,
         f"{base}.r_lower{suffix}": r.lower,
         f"{base}.r_upper{suffix}": r.upper,
+        f"{base}.rank_r{suffix}": ranks.value,
+        f"{base}.rank_r_lower{suffix}": ranks.lower,
+        f"{base}.rank_r_upper{suffix}": ranks.upper,
         f"{base}.bias{suffix}": agreement.bias,
         f"{base}.rms{suffix}": agreement.rms,
         f"{base}.within_2se{suffix}": agreement.within,
@@ -219,7 +228,7 @@ def evaluate_values(
                 found[estimator] = draw.rewards(protocol.num_draws, _CHEAP, _source(estimator))
         for name in rewards:
             cheap = {estimator: estimate_value(drawn[name]) for estimator, drawn in found.items()}
-            studies.append(_study(name, time, truth[name], cheap, exact[name], protocol.num_draws))
+            studies.append(value_study(name, time, truth[name], cheap, exact[name], protocol.num_draws))
     studies.sort(key=lambda study: list(rewards).index(study.reward))
     return ValuesEvaluation(
         protocol=protocol,
@@ -237,6 +246,7 @@ def agreement(estimate: Tensor, standard_error: Tensor, truth: Tensor, truth_err
     both = own if truth_error is None else torch.hypot(own, truth_error.double())
     return Agreement(
         correlation=metrics.pearson(estimate, truth),
+        ranks=metrics.spearman(estimate, truth),
         bias=float(difference.mean()),
         rms=float(difference.square().mean().sqrt()),
         within=float((difference.abs() <= 2 * own).double().mean()),
@@ -359,7 +369,7 @@ def _planned(protocol: ValuesProtocol) -> dict[str, float]:
     return planned
 
 
-def _study(
+def value_study(
     name: str,
     time: float,
     rewards: Tensor,
@@ -367,7 +377,7 @@ def _study(
     exact: Tensor | None,
     num_draws: int,
 ) -> ValueStudy:
-    """rewards: of the SDE's draws, (contexts, truth_draws)."""
+    """How estimates agree with the value by the SDE. rewards: of its draws, (contexts, truth_draws)."""
     truth = estimate_value(rewards)
 
     def against_exact(values: ValueEstimate) -> Agreement | None:
@@ -401,7 +411,18 @@ def values_parquet(evaluation: ValuesEvaluation) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-_AGREEMENT = ("r", "r_lower", "r_upper", "bias", "rms", "within_2se", "within_2se_both")
+_AGREEMENT = (
+    "r",
+    "r_lower",
+    "r_upper",
+    "rank_r",
+    "rank_r_lower",
+    "rank_r_upper",
+    "bias",
+    "rms",
+    "within_2se",
+    "within_2se_both",
+)
 SCHEMA = pa.schema(
     [
         ("reward", pa.string()),

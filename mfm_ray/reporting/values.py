@@ -60,7 +60,7 @@ def _interval(r: Correlation) -> str:
 
 def _opening(evaluation: ValuesEvaluation) -> Iterator[str]:
     protocol = evaluation.protocol
-    yield '<header><p class="kicker">mfm-ray &middot; protocol values</p>'
+    yield f'<header><p class="kicker">mfm-ray &middot; protocol {text(protocol.name)}</p>'
     yield "<h1>What is a noisy state worth?</h1>"
     yield page.paragraph(
         "Steering needs the value of a noisy state: <b>V = log of the mean of exp(reward)</b> over the clean samples "
@@ -75,7 +75,8 @@ def _opening(evaluation: ValuesEvaluation) -> Iterator[str]:
         f"each of {protocol.num_contexts} noised held-out data at each time. <b>Estimates</b>: "
         f"{protocol.num_draws} draws by the meta flow map in 1 to {max(protocol.map_steps)} inner steps, or by Euler's "
         "rule along the GLASS velocity of the same model's drift. <b>r</b> is Pearson's correlation over the data, "
-        "with a 95 percent interval; it forgives estimates that are all too high or too flat, so <b>bias</b> and "
+        "with a 95 percent interval (Spearman's is in the tables); it forgives estimates that are all too high or too "
+        "flat, so <b>bias</b> and "
         "<b>rms</b> of estimate minus truth, in nats, stand beside it. <b>Ceiling</b>: the r that a second set of "
         "rollouts would reach; only estimates with less noise of their own, such as a posterior mean's, exceed it."
     )
@@ -87,7 +88,7 @@ def _cards(evaluation: ValuesEvaluation) -> Iterator[tuple[str, str]]:
     values = [row.truth.correlation.value for row in cheapest]
     low, high = (f"{value:.2f}".replace("-", _MINUS) for value in (min(values), max(values)))
     label = cheapest[0].estimator.label
-    yield f"{low} to {high}", f"r of {label}, over the times ({_TITLES[evaluation.rewards[0]].lower()})"
+    yield f"{low} to {high}", f"r of {label}, over the times ({_title(evaluation.rewards[0]).lower()})"
     yield number(sum(study.ceiling for study in studies) / len(studies), 2), "mean ceiling: rollouts against rollouts"
     yield f"{evaluation.truth_calls / cheapest[0].calls:,.0f} times", "fewer network calls than the rollouts"
     if cheapest[0].exact is not None:
@@ -97,7 +98,7 @@ def _cards(evaluation: ValuesEvaluation) -> Iterator[tuple[str, str]]:
 
 def _reward_section(evaluation: ValuesEvaluation, reward: str) -> Iterator[str]:
     studies = evaluation.of(reward)
-    yield page.heading(_TITLES[reward], anchor=reward)
+    yield page.heading(_title(reward), anchor=reward)
     sizes = [float(study.truth.effective_sample_size.mean()) for study in studies]
     among = f"of {evaluation.protocol.truth_draws} rollouts"
     yield page.paragraph(
@@ -121,6 +122,10 @@ def _reward_section(evaluation: ValuesEvaluation, reward: str) -> Iterator[str]:
         + (" The truth here is the closed form." if studies[0].exact is not None else ""),
     )
     yield from _tables(evaluation, studies)
+
+
+def _title(reward: str) -> str:
+    return _TITLES.get(reward, reward)
 
 
 def _lines(study: ValueStudy) -> Iterator[tuple[str, str, list[EstimatorFigures]]]:
@@ -182,7 +187,7 @@ def _points(truth: Tensor, estimate: Tensor) -> list[tuple[float, float]]:
 
 
 def _tables(evaluation: ValuesEvaluation, studies: list[ValueStudy]) -> Iterator[str]:
-    header = ["estimator", "t", "calls", "r", "bias", "rms", "truth within 2 se", "within 2 of both se"]
+    header = ["estimator", "t", "calls", "r", "rank r", "bias", "rms", "truth within 2 se", "within 2 of both se"]
     known = studies[0].exact is not None
     if known:
         header += ["r, closed form", "bias", "rms", "within 2 se"]
@@ -190,9 +195,16 @@ def _tables(evaluation: ValuesEvaluation, studies: list[ValueStudy]) -> Iterator
     for study in studies:
         for row in study.figures:
             both = f"{100 * row.truth.within_both:.0f} %"
-            cells = [f"{study.time:g}", f"{row.calls:,}", _interval(row.truth.correlation), *_errors(row.truth), both]
+            cells = [
+                f"{study.time:g}",
+                f"{row.calls:,}",
+                _interval(row.truth.correlation),
+                _interval(row.truth.ranks),
+                *_errors(row.truth),
+                both,
+            ]
             lines.append([text(row.estimator.label), *cells, *_exact_cells(row.exact)])
-        cells = [f"{study.time:g}", f"{evaluation.truth_calls:,}", f"ceiling {study.ceiling:.3f}", "", "", "", ""]
+        cells = [f"{study.time:g}", f"{evaluation.truth_calls:,}", f"ceiling {study.ceiling:.3f}", "", "", "", "", ""]
         lines.append(["SDE rollouts", *cells, *_exact_cells(study.truth_exact)])
     yield page.unfold("All figures", page.table(header, lines))
 
