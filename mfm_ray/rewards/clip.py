@@ -3,8 +3,8 @@
     features(image), features(text): of length 1;  cosine = their inner product
 
 OpenCLIP and transformers compute the same function with other names: one matrix for queries, keys and values,
-projections that multiply from the other side. Texts are read to the end token, and attention is causal, so padding changes nothing
-and none is added.
+projections that multiply from the other side. Texts are read to the end token, and attention is causal, so padding
+changes nothing and none is added.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     Aesthetic    head(image features of length 1)       CLIP ViT-L-14    short side to 224, middle cropped
 
 All with bicubic antialiased resizing and CLIP's mean and deviation (`mfm_ray.rewards.pixels`), in float32. A source is
-a folder, or `hf://owner/name`. Rewards of one source that differ in their prompts have one network and its cached texts.
+a folder, or `hf://owner/name`. Rewards that differ in their prompts alone have one network and its cached texts.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Scorer(nn.Module, ABC):
     instead of a graph, so memory does not grow with N and nothing is computed twice. Parts are padded to a multiple of
     four rows, as everywhere (`mfm_ray.padding`). Autocast is off inside.
 
-    rows_per_call: images of one call, a multiple of 4. Images are taken to the weights' device and scores brought back.
+    rows_per_call: images of one call, a multiple of 4. Weights go to the accelerator that images are on; images on the
+    CPU are taken to the weights, and scores brought back.
     """
 
     def __init__(self, *, name: str, rows_per_call: int = ROWS_PER_CALL) -> None:
@@ -100,7 +101,7 @@ class Scorer(nn.Module, ABC):
         """(N,) of images with one prompt each; its gradient in the images is known where they require one."""
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
-        weight = next(self.parameters())
+        weight = self._weight_near(images)
         self._keep_texts_of(weight)
         inner = images.detach().to(weight)
         graded = images.requires_grad and torch.is_grad_enabled()
@@ -127,6 +128,14 @@ class Scorer(nn.Module, ABC):
         values, gradients = value_and_gradient(lambda inner: self.scores(self.prepare(inner), texts), padded)
         assert gradients is not None, self.name
         return values[:rows], gradients[:rows]
+
+    def _weight_near(self, images: Tensor) -> Tensor:
+        """One of the weights, which go to an accelerator that images are on, once; those on the CPU come to them."""
+        weight = next(self.parameters())
+        if images.device.type == "cpu" or weight.device == images.device:
+            return weight
+        self.to(images.device)
+        return next(self.parameters())
 
     def _text_of(self, prompt: str) -> Any:
         with torch.no_grad():

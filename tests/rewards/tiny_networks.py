@@ -116,7 +116,7 @@ def open_clip_weights(network: Any) -> dict[str, Tensor]:
 
 
 def hpsv2_folder(folder: Path, *, image_size: int = 224, packed: bool = False) -> Any:
-    """xswu/HPSv2's file (or RE-N-Y/hpsv21's), with the tokenizer beside it; returns the network in transformers' form."""
+    """xswu/HPSv2's file (or RE-N-Y/hpsv21's), and the tokenizer; returns the network as transformers has it."""
     from transformers import CLIPConfig, CLIPModel
 
     config = clip_config(clip_tokenizer(folder), image_size=image_size)
