@@ -25,7 +25,7 @@ from mfm_ray.rewards import clip as clips
 from mfm_ray.rewards.blip import Blip
 from mfm_ray.rewards.clip import Clip
 from mfm_ray.rewards.pixels import filled_square, normalised, padded_square, three_channels
-from mfm_ray.rewards.prompt import ROWS_PER_CALL, PromptReward, Scorer, shared
+from mfm_ray.rewards.prompt import ROWS_PER_CALL, PromptReward, Scorer, required, shared
 from mfm_ray.rewards.weights import first_file, read_tensors
 
 PICKSCORE = "hf://yuvalkirstain/PickScore_v1"
@@ -102,7 +102,7 @@ class ClipScorer(_ClipScorer):
 class AestheticScorer(_ClipScorer):
     """The head on image features of length 1, about 1 to 10; no text is read."""
 
-    reads_prompts = False
+    reads_prompts = False  # of the image alone
 
     def __init__(self, clip: Clip, head: nn.Module, *, rows_per_call: int) -> None:
         super().__init__(clip, name="aesthetic", rows_per_call=rows_per_call)
@@ -164,8 +164,9 @@ class PickScore(PromptReward):
         rows_per_call: int = ROWS_PER_CALL,
         name: str = "pickscore",
     ) -> None:
+        wish = required(prompt)
         scorer = shared(PickScorer.load, source=source, tokenizer=tokenizer, rows_per_call=rows_per_call)
-        super().__init__(scorer=scorer, prompt=prompt, name=name)
+        super().__init__(scorer=scorer, prompt=wish, name=name)
 
 
 class HPSv2(PromptReward):
@@ -183,8 +184,9 @@ class HPSv2(PromptReward):
         rows_per_call: int = ROWS_PER_CALL,
         name: str = "hpsv2",
     ) -> None:
+        wish = required(prompt)
         scorer = shared(HPSv2Scorer.load, source=source, tokenizer=tokenizer, rows_per_call=rows_per_call)
-        super().__init__(scorer=scorer, prompt=prompt, name=name)
+        super().__init__(scorer=scorer, prompt=wish, name=name)
 
 
 class ImageReward(PromptReward):
@@ -203,8 +205,9 @@ class ImageReward(PromptReward):
         rows_per_call: int = ROWS_PER_CALL,
         name: str = "image_reward",
     ) -> None:
+        wish = required(prompt)
         scorer = shared(ImageRewardScorer.load, source=source, tokenizer=tokenizer, rows_per_call=rows_per_call)
-        super().__init__(scorer=scorer, prompt=prompt, name=name)
+        super().__init__(scorer=scorer, prompt=wish, name=name)
 
 
 class ClipScore(PromptReward):
@@ -222,8 +225,9 @@ class ClipScore(PromptReward):
         rows_per_call: int = ROWS_PER_CALL,
         name: str = "clip_score",
     ) -> None:
+        wish = required(prompt)
         scorer = shared(ClipScorer.load, source=source, tokenizer=tokenizer, rows_per_call=rows_per_call)
-        super().__init__(scorer=scorer, prompt=prompt, name=name)
+        super().__init__(scorer=scorer, prompt=wish, name=name)
 
 
 class Aesthetic(PromptReward):

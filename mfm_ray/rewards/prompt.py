@@ -6,18 +6,20 @@ encoder. A `PromptReward` is a scorer with its prompt bound.
 
 from __future__ import annotations
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from mfm_ray.errors import InputError, require
+from mfm_ray.errors import require
 from mfm_ray.padding import ROW_MULTIPLE, padded_index
+from mfm_ray.rewards.pixels import three_channels
 from mfm_ray.rewards.reward import DifferentiableReward
 from mfm_ray.steering.reward_gradient import value_and_gradient, with_gradient
 
@@ -42,6 +44,13 @@ class TextCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextCache:
+        """Empty: what it is a copy for makes its own."""
+        return TextCache(copy.deepcopy(self._make, memo), capacity=self._capacity)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new_cache, (self._make, self._capacity)
+
     def get(self, prompt: str) -> Any:
         with self._lock:
             if prompt in self._kept:
@@ -59,6 +68,10 @@ class TextCache:
             self._kept.clear()
 
 
+def _new_cache(make: Callable[[str], Any], capacity: int) -> TextCache:
+    return TextCache(make, capacity=capacity)
+
+
 class Scorer(nn.Module, ABC):
     """A frozen network: images (N, 1 or 3, H, W) in [0, 1] and N texts to scores (N,), in the weights' precision.
 
@@ -69,6 +82,8 @@ class Scorer(nn.Module, ABC):
     rows_per_call: images of one call, a multiple of 4. Weights go to the accelerator that images are on; images on the
     CPU are taken to the weights, and scores brought back.
     """
+
+    reads_prompts: ClassVar[bool] = True
 
     def __init__(self, *, name: str, rows_per_call: int = ROWS_PER_CALL) -> None:
         super().__init__()
@@ -101,6 +116,7 @@ class Scorer(nn.Module, ABC):
         """(N,) of images with one prompt each; its gradient in the images is known where they require one."""
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts for {len(images)} images")
+        three_channels(images, name=self.name)
         weight = self._weight_near(images)
         self._keep_texts_of(weight)
         inner = images.detach().to(weight)
@@ -159,9 +175,12 @@ class PromptReward(DifferentiableReward):
 
     def __init__(self, *, scorer: Scorer, prompt: str, name: str) -> None:
         super().__init__(name=name)
-        if not isinstance(prompt, str) or (scorer_reads_prompts(scorer) and not prompt.strip()):
-            raise InputError(f"prompt={prompt!r}: expected a text")
-        self.scorer, self.prompt = scorer, prompt
+        self.scorer, self.prompt = scorer, required(prompt) if scorer.reads_prompts else prompt
+        self.eval()
+
+    def train(self, mode: bool = True) -> PromptReward:
+        """Never leaves eval mode."""
+        return super().train(False)
 
     def with_prompt(self, prompt: str, *, name: str | None = None) -> PromptReward:
         """The reward of another prompt over the same weights and cached texts."""
@@ -171,9 +190,10 @@ class PromptReward(DifferentiableReward):
         return self.scorer(samples, [self.prompt] * len(samples))
 
 
-def scorer_reads_prompts(scorer: Scorer) -> bool:
-    """Whether the text matters; an aesthetic score is of the image alone."""
-    return getattr(scorer, "reads_prompts", True)
+def required(prompt: str) -> str:
+    """The prompt. InputError for one that says nothing, before any weights are looked for."""
+    require(isinstance(prompt, str) and bool(prompt.strip()), "prompt", repr(prompt), "a text")
+    return prompt
 
 
 _live: WeakValueDictionary[Any, Scorer] = WeakValueDictionary()

@@ -97,7 +97,9 @@ def filled(make: Callable[[], _Module], tensors: Mapping[str, Tensor], path: Pat
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
-    module.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
+    # copies in memory of their own: kernels compute other bits where a tensor begins at an odd place of a mapped file
+    own = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
+    module.load_state_dict(own, assign=True)
     for owner in module.modules():
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.is_meta:

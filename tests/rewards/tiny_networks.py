@@ -10,6 +10,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+SIZES = ((256, 256), (200, 300), (300, 231), (224, 224), (223, 100), (64, 64), (8, 8), (50, 33))
+PROMPTS = ("a photo of a tabby cat", "dog")
+"""What the reference numbers are of (`upstream_reference.py`)."""
 WORDS = ("a", "cat", "dog", "photo", "of", "tabby", "##by", ",", ".")
 
 
@@ -216,3 +219,15 @@ def image_reward_folder(folder: Path, *, image_size: int = 224, packed: bool = F
     else:
         torch.save(weights, folder / "ImageReward.pt")
     return weights
+
+
+def waves(height: int, width: int) -> Tensor:
+    """Two images with waves of several lengths, overshooting [0, 1] where resizing sharpens."""
+    y, x = torch.linspace(0, 1, height).view(-1, 1), torch.linspace(0, 1, width).view(1, -1)
+    waves = [torch.sin(2 * torch.pi * (3 * k * x + 5 * y / k) + k) * 0.5 + 0.5 for k in (1, 2, 3, 4, 5, 6)]
+    return torch.stack(waves).view(2, 3, height, width)
+
+
+def sampled(pixels: Tensor) -> list[float]:
+    """A few entries, enough to see any shift: each 2999th."""
+    return [round(float(value), 7) for value in pixels.flatten()[::2999]]
