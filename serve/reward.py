@@ -75,12 +75,12 @@ class RewardServer:
         self._rewards = BuiltRewards(
             cards, capacity=settings.rewards_in_memory, weights={settings.name: settings.weights}
         )
-        # loaded before the replica counts as ready, and on the GPU where Ray gave it one
-        self._scorer = _scorer(settings)
         self._batcher = Batcher(
             self._evaluate, max_rows=settings.max_batch_rows, name=self.name, patience_s=settings.patience_s
         )
         self._seconds = reward_seconds()
+        # loaded before the replica counts as ready, and on the GPU where Ray gave it one
+        self._scorer = _scorer(settings)
 
     async def address(self, caller: str) -> Address:
         """Where this replica listens for samplers on the node of this address.
@@ -170,7 +170,8 @@ class _Rows:
         missing = len(samples) - len(self._prompts)  # rows that stand in for row 0 (`mfm_ray.padding`)
         prompts = self._prompts + self._prompts[:1] * missing
         ceilings = torch.tensor(self._ceilings + self._ceilings[:1] * missing, device=samples.device)
-        return torch.minimum(self._scorer(samples, prompts).float(), ceilings)
+        # not torch.minimum, which halves the gradient where a value is at its ceiling, as `Thresholded` does not
+        return self._scorer(samples, prompts).float().clamp(max=ceilings)
 
 
 def _scorer(settings: RewardSettings) -> Scorer | None:

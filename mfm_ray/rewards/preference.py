@@ -47,7 +47,7 @@ class _ClipScorer(Scorer):
         super().__init__(name=name, rows_per_call=rows_per_call)
         self.clip = clip
 
-    def read(self, prompt: str) -> Tensor:
+    def read(self, prompt: str) -> Any:
         return self.clip.text_features(prompt)
 
     def prepare(self, images: Tensor) -> Tensor:
