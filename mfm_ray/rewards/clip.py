@@ -22,7 +22,7 @@ from mfm_ray.hub import is_hub, local_folder
 from mfm_ray.rewards.weights import count_layers, filled, first_file, read_tensors, shape_of, without_prefix
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-CLIP_FILES = ("config.json", "model.safetensors", "pytorch_model.bin", *TOKENIZER_FILES)
+CLIP_FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = 64
 _VISION_HEAD_H = 80
@@ -31,7 +31,7 @@ _NUMBERS = {"text_model.embeddings.position_ids", "vision_model.embeddings.posit
 
 
 class Clip(nn.Module):
-    """A frozen CLIPModel and its tokenizer. image_size: of what the image encoder sees."""
+    """A frozen CLIPModel and its tokenizer, None where no text is read. image_size: of what the image encoder sees."""
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Clip(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """exp of the learned scale of cosines."""
-        scale: Tensor = self.network.logit_scale.exp()  # type: ignore[union-attr,operator]
+        scale: Tensor = self.network.logit_scale.exp()  # type: ignore[operator]
         return scale
 
 
@@ -65,31 +65,34 @@ def _unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
 
-def clip_of_folder(
-    source: str | Path, *, key: str, tokenizer: str | Path | None, files: Sequence[str] = CLIP_FILES
-) -> Clip:
+def clip_of_folder(source: str | Path, *, tokenizer: str | Path | None, reads_texts: bool = True) -> Clip:
     """The CLIPModel of a transformers folder: config.json and model.safetensors or pytorch_model.bin.
 
     A file whose names all begin with `model.`, as RE-N-Y/pickscore packs them, may come without a description; it is
-    then a ViT-H-14. tokenizer: folder of vocab.json and merges.txt; None: the same one. InputError.
+    then a ViT-H-14. tokenizer: folder of vocab.json and merges.txt; None: the same one. reads_texts: whether a
+    tokenizer is needed at all. InputError.
     """
-    folder = local_folder(source, key=key, files=files)
+    folder = local_folder(source, key="source", files=CLIP_FILES)
+    if is_hub(source) and not (folder / _WEIGHTS[0]).is_file():  # gigabytes, which most repositories hold twice
+        folder = local_folder(source, key="source", files=(*CLIP_FILES, _WEIGHTS[1]))
     path = first_file(folder, _WEIGHTS, what="CLIPModel")
     tensors = without_prefix(read_tensors(path), "model.")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _NUMBERS}
     config = _config_of(folder / "config.json")
     if config is None:
         config = _config_from_shapes(tensors, path)
-    return Clip(
-        _network(config, tensors, path), clip_tokenizer(tokenizer or folder, key=key, rows=_rows(tensors, path))
-    )
+    network = _network(config, tensors, path)
+    if not reads_texts:
+        return Clip(network, None)
+    key = "source" if tokenizer is None else "tokenizer"
+    return Clip(network, clip_tokenizer(tokenizer or folder, key=key, rows=_rows(tensors, path)))
 
 
-def clip_of_open_clip(path: Path, *, key: str, tokenizer: str | Path) -> Clip:
+def clip_of_open_clip(path: Path, *, tokenizer: str | Path) -> Clip:
     """The CLIPModel of a ViT-H-14 file in OpenCLIP's names, plain or packed with `model.` before each. InputError."""
     tensors = converted(without_prefix(read_tensors(path), "model."), path)
     network = _network(_config_from_shapes(tensors, path), tensors, path)
-    return Clip(network, clip_tokenizer(tokenizer, key=key, rows=_rows(tensors, path)))
+    return Clip(network, clip_tokenizer(tokenizer, key="tokenizer", rows=_rows(tensors, path)))
 
 
 def clip_tokenizer(source: str | Path, *, key: str, rows: int) -> Any:

@@ -60,7 +60,7 @@ class PickScorer(_ClipScorer):
     @classmethod
     def load(cls, *, source: str | Path, tokenizer: str | Path | None, rows_per_call: int) -> PickScorer:
         texts = tokenizer or clips.own_tokenizer_or(source, TOKENIZER_H)
-        clip = clips.clip_of_folder(source, key="source", tokenizer=texts)
+        clip = clips.clip_of_folder(source, tokenizer=texts)
         return cls(clip, name="pickscore", rows_per_call=rows_per_call)
 
     def scores(self, pixels: Tensor, texts: Sequence[Any]) -> Tensor:
@@ -74,9 +74,7 @@ class HPSv2Scorer(_ClipScorer):
     def load(cls, *, source: str | Path, tokenizer: str | Path | None, rows_per_call: int) -> HPSv2Scorer:
         folder = local_folder(source, key="source", files=_HPSV2_FILES)
         texts = tokenizer or clips.own_tokenizer_or(source, TOKENIZER_H)
-        clip = clips.clip_of_open_clip(
-            first_file(folder, _HPSV2_FILES, what="HPSv2.1"), key="tokenizer", tokenizer=texts
-        )
+        clip = clips.clip_of_open_clip(first_file(folder, _HPSV2_FILES, what="HPSv2.1"), tokenizer=texts)
         return cls(clip, name="hpsv2", rows_per_call=rows_per_call)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ class ClipScorer(_ClipScorer):
 
     @classmethod
     def load(cls, *, source: str | Path, tokenizer: str | Path | None, rows_per_call: int) -> ClipScorer:
-        clip = clips.clip_of_folder(source, key="source", tokenizer=tokenizer)
+        clip = clips.clip_of_folder(source, tokenizer=tokenizer)
         return cls(clip, name="clip_score", rows_per_call=rows_per_call)
 
     def scores(self, pixels: Tensor, texts: Sequence[Any]) -> Tensor:
@@ -110,7 +108,7 @@ class AestheticScorer(_ClipScorer):
 
     @classmethod
     def load(cls, *, source: str | Path, head: str | Path, rows_per_call: int) -> AestheticScorer:
-        clip = clips.clip_of_folder(source, key="source", tokenizer=None)
+        clip = clips.clip_of_folder(source, tokenizer=None, reads_texts=False)
         path = first_file(local_folder(head, key="head", files=_HEAD_FILES), _HEAD_FILES, what="aesthetic head")
         linear = blips.linear_head(read_tensors(path), path)
         _require_width(linear, clip, path)

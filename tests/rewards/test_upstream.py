@@ -37,7 +37,7 @@ def test_hpsv2(tmp_path, packed):
 
 def test_open_clips_network_after_conversion(folders):
     path = folders / "hpsv2" / "HPS_v2.1_compressed.pt"
-    clip = clip_of_open_clip(path, key="tokenizer", tokenizer=folders / "hpsv2")
+    clip = clip_of_open_clip(path, tokenizer=folders / "hpsv2")
     for prompt in PROMPTS:
         text = clip.text_features(prompt)
         for height, width in SIZES:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.served_reward import ServedReward
+from mfm_ray.config import load_config
 from mfm_ray.errors import InputError
 from mfm_ray.rewards import PickScore
 from mfm_ray.steering.reward_gradient import evaluate
@@ -209,6 +211,18 @@ def found(app):
         for inner in argument.values() if isinstance(argument, dict) else [argument]:
             if hasattr(inner, "_bound_deployment"):
                 yield from found(inner)
+
+
+def test_a_fine_tuning_asks_a_served_prompt_reward_for_its_prompt_alone(tiny_models, source):
+    def asked(*words):
+        words = [f"model={tiny_models['tiny']}", "reward_app=mfm", "reward=pickscore", *words]
+        return ServedReward.of(load_config("finetune", words)).names()
+
+    assert asked(f"reward.prompt='{CAT}'") == ["pickscore"]
+    with pytest.raises(InputError, match=r"^reward.prompt: empty"):
+        asked()
+    with pytest.raises(InputError, match=r"^reward.source=.*: a served pickscore has the weights of its deployment"):
+        asked(f"reward.prompt='{CAT}'", f"reward.source={source}")
 
 
 def test_what_an_operator_leaves_out_stands_in_the_rewards_file(source):
