@@ -20,7 +20,7 @@ from mfm_ray.config import DeployConfig
 def deployment_of(config: DeployConfig) -> Any:
     from serve.deploying import read_deployment
 
-    taken = ("model", "rewards", "presets", "keys_file")
+    taken = ("model", "rewards", "presets", "autoencoder", "keys_file")
     args = {key: getattr(config, key) for key in taken if getattr(config, key) is not None}
     return read_deployment(config.config, args=args, port=config.port)
 

@@ -17,6 +17,7 @@ from jobs.train import may_join
 from jobs.workbench import Workbench
 from mfm_ray.config import FinetuneConfig, to_dict
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import Decoding
 
 MakeReward = Callable[[], Any]
 
@@ -35,7 +36,7 @@ def check_parts(config: FinetuneConfig) -> None:
 
     if config.scaling.use_gpu and not may_join() and not torch.cuda.is_available():
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
-    bench = Workbench(config.model)
+    bench = Workbench(config.model, Decoding.of(config))
     bench.check_cfg_scale(config.cfg_scale)
     bench.reward(config.reward, seed=config.seed)
     bench.judges(config.judges, seed=config.seed)
@@ -54,7 +55,7 @@ def body(run: JobRun) -> Outcome:
     from mfm_ray.training.finetune_launch import run_finetuning
 
     config: FinetuneConfig = run.config
-    judges = Workbench(config.model).judges(config.judges, seed=config.seed)
+    judges = Workbench(config.model, Decoding.of(config)).judges(config.judges, seed=config.seed)
     with ray_cluster(run.log):
         if config.scaling.use_gpu and num_gpus() == 0:
             raise InputError("scaling.use_gpu=true: the cluster has no GPU; expected false or null")
@@ -72,7 +73,7 @@ def body(run: JobRun) -> Outcome:
 def reward_of(config: FinetuneConfig) -> MakeReward:
     """What makes the reward on a worker. InputError for a served one that is not there."""
     if config.reward_app is None:
-        return LocalReward(Workbench(config.model).reward(config.reward, seed=config.seed))
+        return LocalReward(Workbench(config.model, Decoding.of(config)).reward(config.reward, seed=config.seed))
     served = ServedReward.of(config)
     served.require_running()
     return served

@@ -39,6 +39,7 @@ from jobs.sample_shards import (
 from jobs.workbench import Workbench
 from mfm_ray.config import SampleConfig
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import Decoding
 
 GRID = "grid.png"
 _MANIFEST_EVERY_S = 10.0
@@ -46,7 +47,7 @@ _MANIFEST_EVERY_S = 10.0
 
 def check(config: SampleConfig) -> None:
     """The model loads, steering, reward, label and sampler fit it, and so does what an earlier call has left."""
-    bench = Workbench(config.model)
+    bench = Workbench(config.model, Decoding.of(config))
     bench.build(config)
     bench.check(config)
     if not any(config.scaling.resources_per_worker.values()):
@@ -61,7 +62,7 @@ def check(config: SampleConfig) -> None:
 def body(run: JobRun) -> Outcome:
     """Makes the shards that are not there yet, and says where all of them are and what they amount to."""
     config: SampleConfig = run.config
-    bench = Workbench(config.model)
+    bench = Workbench(config.model, Decoding.of(config))
     flow_map, (steering, judges) = bench.flow_map, bench.build(config)
     settings = deciding_settings(config)
     shards = plan_shards(config.num_samples, config.shard_size)
@@ -69,6 +70,8 @@ def body(run: JobRun) -> Outcome:
     missing = [shard for shard in shards if shard.index not in book.records]
     if config.resume:
         run.log(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
+    if flow_map.space.kind == "latent" and not flow_map.space.makes_images:
+        run.log("samples are latents, of which nothing makes pictures (autoencoder=...)")
     if missing:
         maker = ShardMaker(
             flow_map=flow_map,
@@ -85,7 +88,7 @@ def body(run: JobRun) -> Outcome:
         "samples": run.storage.uri_of(FOLDER if several else SAMPLES),
         "manifest": run.storage.uri_of(MANIFEST),
     }
-    if flow_map.space.kind == "image":
+    if flow_map.space.makes_images:
         run.storage.write_bytes(GRID, picture_of(first_images(run.storage, shards)))
         artifacts["grid"] = run.storage.uri_of(GRID)
     metrics = book.metrics()

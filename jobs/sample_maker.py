@@ -53,7 +53,7 @@ class ShardMaker:
         )
         content = samples_parquet(drawn, label=config.label, seed=config.seed, first_image=shard.first_image)
         self.run.write_bytes(shard.file, content)
-        if shard.picture is not None and self.flow_map.space.kind == "image":
+        if shard.picture is not None and self.flow_map.space.makes_images:
             self.run.write_bytes(shard.picture, picture_of(drawn.images))
         record = make_record(shard, content, drawn, settings=self.settings, device=self.device)
         if shard.record is not None:

@@ -92,12 +92,17 @@ def plan_shards(num_samples: int, shard_size: int) -> list[Shard]:
 
 def deciding_settings(config: SampleConfig) -> dict[str, Any]:
     """Everything that the samples depend on; batch_size and the number of workers are none of it."""
+    from mfm_ray.latent_models import Decoding, autoencoder_checksum
+
     sampler = ("num_steps", "dynamics", "order", "max_nfe", "preset", "label", "cfg_scale")
     keys = ("seed", "num_samples", "shard_size", *sampler)
     scores = [config.reward, {"parts": config.judges}]
     data = {place: _data_checksum(place) for reward in scores for place in _data_places(reward)}
+    model = Storage(config.model or "")
+    autoencoder = autoencoder_checksum(model, Decoding.of(config))
     return {
-        "model": model_checksum(Storage(config.model or "")),
+        "model": model_checksum(model),
+        **({} if autoencoder is None else {"autoencoder": autoencoder}),
         **{key: getattr(config, key) for key in keys},
         "steering": dict(config.steering),
         "reward": dict(config.reward),
@@ -260,7 +265,7 @@ def samples_parquet(drawn: Any, *, label: int | None, seed: int, first_image: in
 
 
 def first_images(run: Storage, shards: Iterable[Shard]) -> Any:
-    """The images of a job's picture, (up to 100, *event)."""
+    """The images of a job's picture, (up to 100, *sample_shape)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch

@@ -8,7 +8,9 @@ from typing import Any
 
 from mfm_ray.config import FinetuneConfig
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import Decoding, settled
 from mfm_ray.settings import nearest
+from mfm_ray.storage import Storage
 
 _PIXELS = 2**24
 """Of an image among the parameters; there is none in a configuration."""
@@ -19,7 +21,8 @@ _TIMEOUT_S, _ATTEMPTS = 60.0, 5
 class ServedReward:
     """A reward of a configuration whose parts are asked of deployments `reward_<name>`. Made on a worker by calling it.
 
-    app: of Ray Serve; model: the id of the served model; source: the model directory that is tuned; seed: of the run.
+    app: of Ray Serve; model: the id of the served model; source: the model directory that is tuned; seed: of the run;
+    decoding: how pictures are made of its latents.
     """
 
     app: str
@@ -27,6 +30,7 @@ class ServedReward:
     source: str
     reward: Mapping[str, Any]
     seed: int
+    decoding: Decoding
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> ServedReward:
@@ -35,9 +39,10 @@ class ServedReward:
 
         assert config.reward_app is not None
         assert config.model is not None
-        (own_id,) = read_models(config.model)
+        decoding = settled(Storage(config.model), Decoding.of(config))
+        (own_id,) = read_models(config.model, decoding)
         model = config.reward_model or own_id
-        served = cls(config.reward_app, model, config.model, config.reward, config.seed)
+        served = cls(config.reward_app, model, config.model, config.reward, config.seed, decoding)
         served.names()
         return served
 
@@ -105,7 +110,7 @@ class ServedReward:
         from serve.models import read_models
         from serve.reward import canonical
 
-        (card,) = read_models(self.source).values()
+        (card,) = read_models(self.source, self.decoding).values()
 
         def elsewhere(name: str, title: str, params: Mapping[str, Any], place: str) -> Any:
             if name not in KINDS:
@@ -134,8 +139,8 @@ class ServedReward:
     def _event_shape(self) -> tuple[int, ...]:
         from serve.models import read_models
 
-        (card,) = read_models(self.source).values()
-        return card.event_shape
+        (card,) = read_models(self.source, self.decoding).values()
+        return card.sample_shape
 
 
 def _line_to(handle: Any, name: str, *, direct: bool) -> Any:

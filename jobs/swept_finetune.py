@@ -11,6 +11,7 @@ from jobs.swept_training import Prepared, SweptTraining
 from jobs.workbench import Workbench
 from mfm_ray.config import FinetuneConfig, FinetuneSweepConfig
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import Decoding, autoencoder_checksum
 from mfm_ray.settings import shown
 from mfm_ray.storage import Storage
 
@@ -58,7 +59,9 @@ class SweptFinetune(SweptTraining[FinetuneSweepConfig]):
     def decisive(self, config: FinetuneSweepConfig) -> dict[str, Any]:
         from jobs.sample_shards import model_checksum
 
-        return {"model": model_checksum(Storage(str(config.model)))}
+        model = Storage(str(config.model))
+        autoencoder = autoencoder_checksum(model, Decoding.of(config))
+        return {"model": model_checksum(model), **({} if autoencoder is None else {"autoencoder": autoencoder})}
 
     def prepare(self, run: JobRun, trials: Sequence[FinetuneConfig]) -> Prepared:
         from mfm_ray.training.finetune_launch import data_of, evaluation_plan, run_finetuning
@@ -67,12 +70,12 @@ class SweptFinetune(SweptTraining[FinetuneSweepConfig]):
         config: FinetuneSweepConfig = run.config
         data = None if config.data.from_model else data_of(config, Storage(str(config.model)), run.storage, run.log)
         make_reward = reward_of(config)
-        judges = Workbench(config.model).judges(config.judges, seed=config.seed)
+        judges = Workbench(config.model, Decoding.of(config)).judges(config.judges, seed=config.seed)
         plan = evaluation_plan(config, run=run.storage, data=data, judges=judges, make_reward=make_reward)
         # trials run in processes elsewhere: places are whole
         places = {} if data is None else {"data": {**dataclasses.asdict(config.data), "path": data.uri}}
         return Prepared(
-            own={"model": Storage(str(config.model)).uri, **places},
+            own={"model": plan.base.uri, "autoencoder": plan.decoding.autoencoder, **places},
             measure=TunedQuality(plan),
             train=functools.partial(run_finetuning, make_reward=make_reward, judges={}),
         )

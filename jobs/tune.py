@@ -26,6 +26,7 @@ from jobs.sweep_outcome import finish_sweep
 from jobs.workbench import Workbench
 from mfm_ray.config import SampleConfig, SweepConfig, TuneConfig, to_dict
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import NO_DECODING, Decoding, settled
 from mfm_ray.settings import from_dict, nearest
 from mfm_ray.storage import Storage
 
@@ -50,7 +51,7 @@ def check_sampling(config: TuneConfig) -> None:
     """`check` of a sweep over `jobs.sample`: every trial can be built on the model."""
     if not config.objectives:
         raise InputError("objectives: empty; expected metrics such as {reward: max, nfe: min}")
-    bench = Workbench(config.model)
+    bench = Workbench(config.model, Decoding.of(config))
     if not any(config.scaling.resources_per_worker.values()):
         raise InputError("scaling.resources_per_worker: expected at least one resource above 0, such as {CPU: 1}")
     if config.scaling.num_workers == 0:
@@ -109,7 +110,13 @@ def _run_missing(run: JobRun, plan: Any, earlier: Mapping[int, Any]) -> dict[int
         run.storage.write_json(SWEEP, {"settings": sweep_settings(config)})
         run.log(f"{num_missing} trials on {workers.num} workers, {workers.resources} each")
         spec = TrialSpec(
-            load=SamplerOfModel(config.model, workers.device, wanted_distances(config), config.data_path),
+            load=SamplerOfModel(
+                config.model,
+                workers.device,
+                wanted_distances(config),
+                config.data_path,
+                settled(Storage(str(config.model)), Decoding.of(config)),
+            ),
             rungs=plan.pruning.rungs,
             pictures=run.storage.child(PICTURES),
             objectives=tuple(config.objectives),
@@ -158,9 +165,10 @@ class SamplerOfModel:
     device: str
     distances: Sequence[str] = ()
     data_path: str | None = None
+    decoding: Decoding = NO_DECODING
 
     def __call__(self) -> "ModelSampler":
-        bench = Workbench(self.model)
+        bench = Workbench(self.model, self.decoding)
         heldout = bench.compared_with(self.data_path) if self.distances else None
         return ModelSampler(bench, self.device, self.distances, heldout)
 
@@ -173,6 +181,7 @@ class ModelSampler:
         self._distances, self._heldout = distances, heldout
         bench.flow_map.to(device)
         self.classifier = bench.classifier if bench.has_classifier else None
+        self.makes_images = bench.flow_map.space.makes_images
 
     def draw(self, settings: Mapping[str, Any], *, first_image: int, count: int) -> Any:
         config = from_dict(SampleConfig, settings)
@@ -183,7 +192,7 @@ class ModelSampler:
         drawn = draw_samples(self._bench.flow_map, steering, judges, config, first_image=first_image, count=count)
         if drawn.rewards is not None and not bool(drawn.rewards.isfinite().all()):
             raise InputError("reward: not finite for some of the samples")
-        return dataclasses.replace(drawn, images=drawn.images.cpu(), trace={})
+        return dataclasses.replace(drawn, images=drawn.images.cpu(), states=None, trace={})
 
     def compare(self, settings: Mapping[str, Any], images: Any) -> dict[str, float]:
         return self._heldout.distances(self._distances, images, label=settings["label"]) if self._distances else {}

@@ -6,19 +6,20 @@ from typing import Any
 
 from mfm_ray.config import SampleConfig
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import OWN_DECODING, Decoding, require_pictures
 from mfm_ray.storage import Storage
 
 
 class Workbench:
     """A model directory in memory; what else it holds (classifier, held-out data) is read when first asked for."""
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: str | None, decoding: Decoding = OWN_DECODING) -> None:
         from mfm_ray.pretrained import load_flow_map
 
         if model is None:
             raise InputError("model=null: expected a model directory")
         self.model = Storage(model)
-        self.flow_map = load_flow_map(self.model)
+        self.flow_map = load_flow_map(self.model, autoencoder=decoding)
         self._heldout: dict[str | None, Any] = {}
 
     @cached_property
@@ -44,16 +45,22 @@ class Workbench:
         return build_steering(config.steering, reward), self.judges(config.judges, seed=config.seed)
 
     def reward(self, reward: Mapping[str, Any], *, seed: int) -> Any:
-        """The reward of a configuration, None for none."""
+        """The reward of a configuration, None for none. InputError where it would look at latents."""
         from mfm_ray.building import build_reward
 
-        return build_reward(reward, **self._sources(seed))
+        built = build_reward(reward, **self._sources(seed))
+        if built is not None:
+            require_pictures(self.flow_map.space, key="reward", value=reward["name"], model=self.model)
+        return built
 
     def judges(self, judges: Sequence[Any], *, seed: int) -> dict[str, Any]:
-        """The judges of a configuration by name."""
+        """The judges of a configuration by name. InputError where they would look at latents."""
         from mfm_ray.building import build_judges
 
-        return build_judges(judges, **self._sources(seed))
+        built = build_judges(judges, **self._sources(seed))
+        if built:
+            require_pictures(self.flow_map.space, key="judges", value=", ".join(built), model=self.model)
+        return built
 
     def check(self, config: SampleConfig) -> None:
         """Label and guidance scale are ones that the model has."""
@@ -93,10 +100,11 @@ class Workbench:
         from mfm_ray.tuning.heldout import HeldOut
 
         split = self.heldout_split(data_path, key="data_path")
-        if tuple(split.data.shape[1:]) != tuple(self.flow_map.event_shape):
+        shape = tuple(self.flow_map.space.sample_shape)
+        if tuple(split.data.shape[1:]) != shape:
             raise InputError(
-                f"data_path={data_path}: data of shape {tuple(split.data.shape[1:])}; expected the model's "
-                f"{tuple(self.flow_map.event_shape)}"
+                f"data_path={data_path}: data of shape {tuple(split.data.shape[1:])}; expected that of the model's "
+                f"samples, {shape}"
             )
         features = partial(classifier_features, self.classifier) if self.has_classifier else None
         return HeldOut(split.data, split.labels, features)

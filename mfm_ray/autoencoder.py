@@ -10,6 +10,9 @@ z are the autoencoder's own latents, the data units of `DataSpace(kind="latent")
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,48 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@dataclass(frozen=True)
+class Outline:
+    """Shapes on both sides of an autoencoder; downsampling: pixels along a side for one place of the latent."""
+
+    latent_channels: int
+    image_channels: int
+    downsampling: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Outline:
+        """From a diffusers config. KeyError, TypeError or ValueError for one that is none."""
+        return cls(
+            latent_channels=int(config["latent_channels"]),
+            image_channels=int(config["out_channels"]),
+            downsampling=2 ** (len(config["block_out_channels"]) - 1),
+        )
+
+    def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, H, W) of the picture of a latent (c, h, w); InputError for another number of channels."""
+        channels, height, width = latent_shape
+        if channels != self.latent_channels:
+            raise InputError(
+                f"autoencoder: its latents have {self.latent_channels} channels, those of the model {channels}"
+            )
+        return self.image_channels, height * self.downsampling, width * self.downsampling
+
+
+def read_outline(source: str | Path, *, key: str = "autoencoder") -> Outline:
+    """The shapes of an autoencoder, from its config.json alone; InputError as in `load_autoencoder`."""
+    folder = local_folder(source, key=key, files=(CONFIG,))
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        _check_class(config, folder)
+        return Outline.of(config)
+    except OSError as error:
+        raise InputError(f"{folder / CONFIG} is missing: not a diffusers AutoencoderKL") from error
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / CONFIG} is no configuration of an AutoencoderKL: {error!r}"[:300]) from error
+
+
 class Autoencoder(nn.Module):
     """A frozen AutoencoderKL with images in [0, 1].
 
@@ -34,8 +79,8 @@ class Autoencoder(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.source = source
         self.scale = float(network.config.scaling_factor)  # type: ignore[union-attr,arg-type]
-        self.latent_channels = int(network.config.latent_channels)  # type: ignore[union-attr,arg-type]
-        self.downsampling = 2 ** (len(network.config.block_out_channels) - 1)  # type: ignore[union-attr,arg-type]
+        self.outline = Outline.of(network.config)  # type: ignore[arg-type]
+        self.latent_channels, self.downsampling = self.outline.latent_channels, self.outline.downsampling
 
     def train(self, mode: bool = True) -> Autoencoder:
         """Never leaves eval mode: an autoencoder is a fixed function here."""
@@ -47,6 +92,10 @@ class Autoencoder(nn.Module):
             raise InputError(f"image_size={image_size}: expected a multiple of {self.downsampling}, the autoencoder's")
         side = image_size // self.downsampling
         return self.latent_channels, side, side
+
+    def image_shape(self, latent_shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(C, H, W) of the picture of a latent (c, h, w); InputError for latents of another number of channels."""
+        return self.outline.image_shape(latent_shape)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latent of pixels (N, 3, H, W) in [0, 1]."""

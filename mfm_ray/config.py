@@ -90,7 +90,18 @@ class FaultsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(JobConfig):
+class DecodingConfig:
+    """How pictures are made of the latents of a model (`mfm_ray.latent_models.Decoding`)."""
+
+    autoencoder: str | None = setting(
+        "of a model of latents: folder or hf://owner/name; auto: the model's own; null: none, samples are latents"
+    )
+    check_autoencoder: bool = setting("refuse an autoencoder that the model's latents were not made with")
+    decode_at_once: int = setting("pictures that are in the autoencoder at a time, on a GPU; bounds memory", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(JobConfig, DecodingConfig):
     """What every training of a network takes, from data or towards a reward."""
 
     max_steps: int = setting("optimiser steps", minimum=1)
@@ -206,7 +217,7 @@ class SampleScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(JobConfig):
+class SampleConfig(JobConfig, DecodingConfig):
     model: str | None = setting("model directory: folder or URI")
     num_samples: int = setting("samples", minimum=1)
     num_steps: int | None = setting("steps of the sampler; null: the preset's, or 50", minimum=1)
@@ -310,6 +321,9 @@ class DeployConfig(JobConfig):
     rewards: list[str] | None = setting("rewards that are served, by name; null: what the config says")
     presets: str | None = setting("presets.yaml of a sweep, which quality means; null: what the config says")
     config: str = setting("file in Ray Serve's own schema: replicas, resources, scaling, limits")
+    autoencoder: str | None = setting(
+        "of models of latents: folder or hf://owner/name; auto: the model's own; null: what the config says"
+    )
     keys_file: str | None = setting("file of accepted keys, one a line; null: MFM_RAY_API_KEYS alone")
     port: int | None = setting("HTTP port; null: what the config says", minimum=1, maximum=65535)
     start_timeout_s: float = setting("seconds in which everything must be ready", above=0)

@@ -5,6 +5,7 @@
                          "data": {"name", "kind", "event_shape", "range", "num_classes", "class_names"},
                          "cfg_scales", "training": {...}}
     README.md           model card, with the pictures beside it
+    autoencoder/        the autoencoder of a model of latents, where somebody put it there (`mfm_ray.latent_models`)
     classifier.safetensors, classifier.json   the data's own classifier, where there is one
 
 Functions import `storage` themselves, since it loads pyarrow, which `import mfm_ray` does without.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.latent_models import AUTO, Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.networks.classifier import DigitClassifier
 
@@ -79,8 +81,11 @@ def save_model(
     return full
 
 
-def load_flow_map(source: str | Path | Storage) -> FlowMap:
+def load_flow_map(source: str | Path | Storage, *, autoencoder: str | Path | Decoding | None = AUTO) -> FlowMap:
     """The flow map of a model directory, on the CPU, in eval mode, its parameters frozen.
+
+    autoencoder: of a model of latents, whose samples are then pictures: a folder or `hf://owner/name`; "auto": the
+    model's own where it names or carries one (`mfm_ray.latent_models`); None: samples are latents.
 
     InputError naming the file for whatever is missing, truncated, of another format, or does not fit the network
     that config.json describes, tensor by tensor.
@@ -99,6 +104,7 @@ def load_flow_map(source: str | Path | Storage) -> FlowMap:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where}: {_reason(error)}") from error
     load_weights(flow_map, _read(storage, WEIGHTS), where=storage.uri_of(WEIGHTS))
+    flow_map.space = decoded_space(flow_map.space, storage, config["data"], Decoding.by(autoencoder))
     return flow_map.eval().requires_grad_(False)
 
 

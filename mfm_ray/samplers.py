@@ -24,12 +24,13 @@ from mfm_ray.steering.budget import within_budget
 class Samples:
     """Samples of a call, one a request.
 
-    images: (num_samples, *event) in data units, clamped; rewards: (num_samples,) float32 of those images, None when
-    unsteered; judges: the same by name for rewards that were never optimised; nfe: network and reward calls for each
-    image, a backward pass counting as one more; calls: the same by kind; trace: value, standard_error,
-    effective_sample_size, guidance_ratio and what else the method tells, each (num_steps, num_samples), empty when
-    unsteered. When asked for: particles (num_samples, P, *event), particle_rewards (num_samples, P), and
-    particle_log_weights (num_samples, P) of a method that weighs them.
+    images: (num_samples, *sample_shape) in data units, clamped: pictures where a decoder makes them of latents;
+    rewards: (num_samples,) float32 of those images, None when unsteered; judges: the same by name for rewards that
+    were never optimised; nfe: network and reward calls for each image, a backward pass counting as one more; calls:
+    the same by kind; trace: value, standard_error, effective_sample_size, guidance_ratio and what else the method
+    tells, each (num_steps, num_samples), empty when unsteered. When asked for: particles (num_samples, P,
+    *sample_shape), particle_rewards (num_samples, P), and particle_log_weights (num_samples, P) of a method that
+    weighs them. states: (num_samples, *event) in model space, what the images were made of, in the data's range.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class Samples:
     particles: Tensor | None = None
     particle_rewards: Tensor | None = None
     particle_log_weights: Tensor | None = None
+    states: Tensor | None = None
 
 
 Progress = Callable[[int, int], None]
@@ -182,9 +184,11 @@ def finished_samples(
     calls: CallCounter,
 ) -> Samples:
     """Images of particles at t = 1, scored, one chosen for each key (images,); counts are left to `calls`."""
-    images = space.clamp(space.to_data_units(particles.x))
+    images, states = space.clamp(space.to_data_units(particles.x)), space.in_range(particles.x)
     if method.scored_by is None:
-        return Samples(images=images[:, 0], rewards=None, nfe=0, calls={}, trace=trace, particles=images)
+        return Samples(
+            images=images[:, 0], rewards=None, nfe=0, calls={}, trace=trace, particles=images, states=states[:, 0]
+        )
     rewards = _score(method.scored_by, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     if method.cost().at_end:
         calls.reward += rewards.numel()
@@ -199,6 +203,7 @@ def finished_samples(
         particles=images,
         particle_rewards=rewards,
         particle_log_weights=method.final_log_weights(particles, rewards),
+        states=states[index, chosen],
     )
 
 
@@ -275,7 +280,8 @@ def refine(
     """K-step refinement (the paper's Algorithm 1): draw x_1 ~ p(x_1 | x_t), re-noise it to the next time, repeat.
 
     Grid 0 = t_0 < ... < t_K = 1, uniform; num_steps network calls an image. Marginals are preserved exactly by an exact
-    map, for any number of steps. Returns (num_samples, *event) in data units, clamped. One step is the flow map itself.
+    map, for any number of steps. Returns (num_samples, *sample_shape) in data units, clamped. One step is the flow map
+    itself.
     """
     require_at_least_one(num_samples=num_samples, num_steps=num_steps, batch_size=batch_size)
     labels = _labels(flow_map, label, num_samples)
@@ -371,6 +377,7 @@ def _join(parts: list[Samples], calls: CallCounter, num_samples: int) -> Samples
         particles=_cat([part.particles for part in parts]),
         particle_rewards=_cat([part.particle_rewards for part in parts]),
         particle_log_weights=_cat([part.particle_log_weights for part in parts]),
+        states=_cat([part.states for part in parts]),
     )
 
 

@@ -255,7 +255,7 @@ def _idempotency_key(request: Request) -> str | None:
 
 def _decoded(text: str, index: int, card: Any, max_pixels: int) -> torch.Tensor:
     try:
-        return decode_png(text, event_shape=card.event_shape, max_pixels=max_pixels)
+        return decode_png(text, event_shape=card.sample_shape, max_pixels=max_pixels)
     except ValueError as error:
         raise wrong_value(f"images[{index}]", f"images[{index}]: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 from ray import serve
 
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import Decoding
 
 from .api import build_api
 from .backend import ServeBackend
@@ -62,7 +63,7 @@ class Endpoint:
 
 def build_app(args: AppSettings) -> serve.Application:
     """The application of these settings. InputError, before any resource is taken, for what cannot be served."""
-    cards = read_models(args.model)
+    cards = read_models(args.model, Decoding(args.autoencoder, check=args.check_autoencoder))
     rewards = _served_rewards(args, cards)
     resolver = _resolver(args, cards, rewards)
     Keys.load(args.keys_file)

@@ -188,7 +188,7 @@ def resolve_params(
     for picture, decode in (("observed", decode_png), ("mask", decode_mask)):
         if resolved.get(picture) is not None:
             try:
-                decode(resolved[picture], event_shape=card.event_shape, max_pixels=max_pixels)
+                decode(resolved[picture], event_shape=card.sample_shape, max_pixels=max_pixels)
             except ValueError as error:
                 raise InputError(f"{place}.{picture}: {error}") from error
     if resolved.get("mask") is not None and resolved["observed"] is None:
@@ -269,7 +269,7 @@ class RewardSource:
 
     def _observation(self, name: str, params: Mapping[str, Any]) -> Reward:
         """A part of an image that the request brought: it is the observation as it is, nothing is added to it."""
-        shape = self.card.event_shape
+        shape = self.card.sample_shape
         pixels, drawn = shape[1] * shape[2], params.get("mask")
         observed = decode_png(params["observed"], event_shape=shape, max_pixels=pixels)
         if drawn is None:

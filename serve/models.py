@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from mfm_ray.errors import InputError
+from mfm_ray.hub import is_hub
+from mfm_ray.latent_models import AUTO, NO_DECODING, OWN_DECODING, Decoding, sample_shape_of
 from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
 from mfm_ray.storage import Storage
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A model by its id. source: directory or URI; num_heldout: held-out images of bundled data of its kind."""
+    """A model by its id. source: directory or URI; sample_shape: of its pictures; num_heldout: held-out images of
+    bundled data of its kind; decoding: how pictures are made of its latents, if it makes those."""
 
     id: str
     source: str
-    event_shape: tuple[int, ...]
+    sample_shape: tuple[int, ...]
     data_name: str
     num_classes: int
     class_names: tuple[str, ...]
     cfg_scales: tuple[float, ...]
     has_classifier: bool
     num_heldout: int
+    decoding: Decoding = NO_DECODING
 
     @property
     def size(self) -> str:
         """Width x height, as requests write it."""
-        _, height, width = self.event_shape
+        _, height, width = self.sample_shape
         return f"{width}x{height}"
 
     def description(self) -> dict[str, Any]:
@@ -41,15 +45,20 @@ class ModelCard:
             "created": 0,
             "owned_by": "mfm-ray",
             "size": self.size,
-            "channels": self.event_shape[0],
+            "channels": self.sample_shape[0],
             "data": self.data_name,
             "class_names": list(self.class_names),
             "cfg_scales": list(self.cfg_scales),
         }
 
 
-def read_models(model: Mapping[str, str] | Sequence[str] | str) -> dict[str, ModelCard]:
-    """Cards by id, the first being the default. InputError for what is no model of images, or two of one id."""
+def read_models(
+    model: Mapping[str, str] | Sequence[str] | str, decoding: Decoding = OWN_DECODING
+) -> dict[str, ModelCard]:
+    """Cards by id, the first being the default. decoding: of those among them that make latents.
+
+    InputError for what is no model of pictures, or two of one id.
+    """
     if isinstance(model, Mapping):
         named = list(model.items())
     else:
@@ -61,7 +70,7 @@ def read_models(model: Mapping[str, str] | Sequence[str] | str) -> dict[str, Mod
     for name, source in named:
         if name in cards:
             raise InputError(f"model: two models have the id {name}; name them, as {{id: directory, ...}}")
-        cards[name] = _read(name, source)
+        cards[name] = _read(name, source, decoding)
     return cards
 
 
@@ -71,26 +80,33 @@ def _own_id(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name or "model"
 
 
-def _read(name: str, source: str) -> ModelCard:
+def _read(name: str, source: str, decoding: Decoding) -> ModelCard:
     storage = Storage(source)
     config = read_model_config(storage)
     data = config["data"]
-    shape = tuple(int(size) for size in data.get("event_shape", ()))
-    if data.get("kind") != "image" or shape[:1] not in ((1,), (3,)):
-        raise InputError(
-            f"model={source}: {data.get('kind')} of shape {list(shape)}; expected images of 1 or 3 channels"
-        )
+    if data.get("kind") != "latent":
+        decoding = NO_DECODING
+    try:
+        shape = sample_shape_of(storage, data, decoding)
+    except ValueError as error:
+        raise InputError(f"model={source}: {error}") from error
+    if shape is None or shape[:1] not in ((1,), (3,)):
+        found = f"{data.get('kind')} of shape {list(shape or data.get('event_shape', ()))}"
+        if data.get("kind") == "latent" and shape is None:
+            found += " without an autoencoder (autoencoder=...)"
+        raise InputError(f"model={source}: {found}; expected images of 1 or 3 channels")
     classes = int(data.get("num_classes", 0))
     return ModelCard(
         id=name,
         source=_portable(source, storage),
-        event_shape=shape,
+        sample_shape=shape,
         data_name=str(data.get("name", "")),
         num_classes=classes,
         class_names=tuple(data.get("class_names") or map(str, range(classes))),
         cfg_scales=tuple(config.get("cfg_scales", ())),
         has_classifier=storage.exists(CLASSIFIER_CONFIG),
         num_heldout=len(heldout_images(str(data.get("name", "")))),
+        decoding=replace(decoding, autoencoder=_portable_autoencoder(decoding.autoencoder)),
     )
 
 
@@ -99,6 +115,13 @@ def _portable(source: str, storage: Storage) -> str:
     which lies elsewhere on every node."""
     unpacked = "/runtime_resources/" in os.getcwd()
     return source if unpacked and "://" not in source and not os.path.isabs(source) else storage.uri
+
+
+def _portable_autoencoder(source: str | None) -> str | None:
+    """Likewise; what is said of the model's own is looked for beside it on every node."""
+    if source is None or source == AUTO or is_hub(source):
+        return source
+    return _portable(source, Storage(source))
 
 
 def heldout_images(data_name: str) -> Any:

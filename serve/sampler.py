@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,8 @@ class LoadedModel:
     """A checkpoint in memory and its engine, which ends when nobody holds this any more."""
 
     def __init__(self, card: ModelCard, settings: SamplerSettings, recorder: PassRecorder) -> None:
-        flow_map: FlowMap = load_flow_map(card.source).to(_device(settings))
+        decoding = replace(card.decoding, at_once=settings.decode_at_once)
+        flow_map: FlowMap = load_flow_map(card.source, autoencoder=decoding).to(_device(settings))
         watch = functools.partial(recorder.note, card.id)
         self.card = card
         self.engine = Engine(

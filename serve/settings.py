@@ -59,6 +59,9 @@ class SamplerSettings(Replicas):
         default=None,
         description="batches in flight, so that sampler and rewards overlap; null: 1, and 2 while rewards take long",
     )
+    decode_at_once: PositiveInt = Field(
+        default=4, description="pictures that are in the autoencoder of a model of latents at a time, on a GPU"
+    )
     slow_reward_s: PositiveFloat = Field(
         default=0.5, description="seconds after which a step waits for a reward apart from requests that do not use it"
     )
@@ -107,12 +110,16 @@ class AppSettings(Settings):
 
     model: one model directory (or URI), a list of them, or {id: directory}. rewards: names or `RewardSettings`; null
     serves every reward that the model allows. presets: `presets.yaml` of a sweep (path or URI) for all models, or
-    {id: file}; null: built-in ones.
+    {id: file}; null: built-in ones. autoencoder: of models of latents, a folder or hf://owner/name; auto: their own.
     """
 
     model: dict[str, str] | list[str] | str
     rewards: list[RewardSettings] | None = None
     presets: dict[str, str] | str | None = None
+    autoencoder: str = "auto"
+    check_autoencoder: bool = Field(
+        default=True, description="refuse an autoencoder that a model's latents were not made with"
+    )
     keys_file: str | None = None
     limits: Limits = Limits()
     sampler: SamplerSettings = SamplerSettings()

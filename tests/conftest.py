@@ -156,3 +156,57 @@ def _save_tiny_model(path: Path, *, seed: int) -> str:
     judge = DigitClassifier(num_classes=10, event_shape=(1, 8, 8))
     save_model(path, flow_map, config={"data": described, "training": {}}, classifier=judge)
     return str(path)
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """A model of latents (4, 4, 4), untrained, and the autoencoder that makes pictures (3, 8, 8) of them."""
+
+    model: str
+    autoencoder: str
+
+
+@pytest.fixture(scope="session")
+def latent_model(tmp_path_factory: pytest.TempPathFactory) -> LatentModel:
+    """Of the true classes and file layouts, small and random."""
+    folder = tmp_path_factory.mktemp("latents")
+    save_tiny_autoencoder(folder / "vae")
+    return LatentModel(save_latent_model(folder / "pictures", autoencoder=folder / "vae"), str(folder / "vae"))
+
+
+def save_tiny_autoencoder(folder: Path, *, seed: int = 0) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=8,
+    ).save_pretrained(folder)
+
+
+def save_latent_model(path: Path, *, autoencoder: Path) -> str:
+    """A model directory that names the autoencoder, with its fingerprint."""
+    import torch
+
+    from mfm_ray.autoencoder import load_autoencoder
+    from mfm_ray.data_space import DataSpace
+    from mfm_ray.networks import build_network
+    from mfm_ray.pretrained import save_model
+
+    known = load_autoencoder(autoencoder)
+    space = DataSpace(kind="latent", event_shape=known.latent_shape(8), scale=known.scale)
+    torch.manual_seed(0)
+    network = {"name": "dit", "hidden_size": 16, "depth": 2, "encoder_depth": 1, "num_heads": 2, "patch_size": 2}
+    flow_map = build_network(network, space=space, num_classes=3)
+    for parameter in flow_map.parameters():  # a map that starts at zero would test little
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    described = {"name": "pictures", **space.config(), "num_classes": 3, "class_names": ["a", "b", "c"]}
+    described["autoencoder"] = {"source": str(autoencoder), "fingerprint": known.fingerprint(), "image_size": 8}
+    save_model(path, flow_map, config={"data": described, "training": {}})
+    return str(path)

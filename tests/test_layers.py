@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYER_0_PACKAGES = ("mfm_ray.objectives", "mfm_ray.steering")
 LAYER_0_MODULES = {
     "mfm_ray.data_space",
+    "mfm_ray.decoding",
     "mfm_ray.errors",
     "mfm_ray.interpolants",
     "mfm_ray.noise",

@@ -45,7 +45,8 @@ def steered_samples(
     )
     for kind, number in drawn.calls.items():
         setattr(tilt.calls, kind, getattr(tilt.calls, kind) + number)
-    return tilt.flow_map.space.to_model_space(drawn.images)
+    assert drawn.states is not None
+    return drawn.states
 
 
 def has_gradient(tilt: Tilt) -> bool:

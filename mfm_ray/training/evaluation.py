@@ -21,6 +21,7 @@ from mfm_ray.data.shards import load_split
 from mfm_ray.finetuning import Adapter
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.interpolants import LinearInterpolant
+from mfm_ray.latent_models import Decoding
 from mfm_ray.metrics import (
     class_confidence,
     class_probabilities,
@@ -46,11 +47,13 @@ _CLEARLY = 4.0
 class EvaluationPlan:
     """What is evaluated and how; travels to the actor.
 
-    base: the model that is tuned; adapter: which of its weights; data: what samples are compared with, None for
-    nothing; judges: by name, not tuned towards. best_metric: decides which weights are kept as the best, None for none.
+    base: the model that is tuned; decoding: how pictures are made of its latents; adapter: which of its weights; data:
+    what samples are compared with, None for nothing; judges: by name, not tuned towards. best_metric: decides which
+    weights are kept as the best, None for none.
     """
 
     base: Storage
+    decoding: Decoding
     adapter: Adapter
     run: Storage
     data: Storage | None
@@ -79,26 +82,27 @@ class SampleScores:
         plan, space, device = self._plan, flow_map.space, next(flow_map.parameters()).device
         classes = flow_map.num_classes
         label = torch.arange(plan.num_samples, device=device) % classes if plan.labelled and classes else None
-        drawn = sample(
+        samples = sample(
             flow_map,
             num_samples=plan.num_samples,
             num_steps=plan.num_steps,
             seed=plan.seed,
             label=label,
             cfg_scale=plan.cfg_scale,
-        ).images
-        images = drawn.cpu()
+        )
+        assert samples.states is not None
+        drawn, images = samples.images, samples.images.cpu()
         figures = _scores("reward", score(_on(self._reward, device), drawn))
         for name, judge in plan.judges.items():
             figures |= _scores(f"judge.{name}", score(_on(judge, device), drawn))
         figures["diversity"] = mean_pairwise_distance(images)
         if self._judge is not None:
             figures |= _scores("class_confidence", class_confidence(class_probabilities(self._judge, images)))
-        if self._data is not None:
+        if self._data is not None and space.kind != "latent":  # stored latents are not what samples are
             rows = space.clamp(self._data[: plan.num_samples]) if self._data.shape[1:] == images.shape[1:] else None
             if rows is not None:
                 figures["frechet_distance"] = frechet_distance(self._features(images), self._features(rows))
-        figures["drift_change"] = self._drift_change(flow_map, space.to_model_space(drawn), label)
+        figures["drift_change"] = self._drift_change(flow_map, samples.states, label)
         return figures
 
     def _features(self, images: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ class Evaluator:
     def __init__(self, plan: EvaluationPlan) -> None:
         torch.set_num_threads(max(1, int(plan.num_cpus)))
         self._plan = plan
-        self._base = load_flow_map(plan.base)
+        self._base = load_flow_map(plan.base, autoencoder=plan.decoding)
         self._scores = SampleScores(plan)
         best = plan.run.child(BEST)
         self._best = best.read_json(BEST_FIGURES) if best.is_file(BEST_FIGURES) else None

@@ -17,6 +17,7 @@ from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
 from mfm_ray.finetuning import TuningMethod, WholeNetwork, build_adapter, build_method
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.latent_models import Decoding, settled
 from mfm_ray.networks import TUNED, build_network
 from mfm_ray.pretrained import CLASSIFIER_CONFIG, read_model_config
 from mfm_ray.settings import from_dict, nearest, shown
@@ -105,13 +106,14 @@ def metrics_of(config: FinetuneConfig) -> list[str]:
     judges = Counter(str(judge.get("name") if isinstance(judge, Mapping) else judge) for judge in config.judges)
     titles = [name if number == 1 else f"{name}_{number}" for name in judges for number in range(1, judges[name] + 1)]
     has_judge = Storage(str(config.model)).is_file(CLASSIFIER_CONFIG)
+    kind = read_model_config(str(config.model))["data"]["kind"]  # stored latents are not what samples are
     return [
         "reward",
         *(f"judge.{title}" for title in titles),
         "diversity",
         "drift_change",
         *(["class_confidence"] if has_judge else []),
-        *([] if config.data.from_model else ["frechet_distance"]),
+        *([] if config.data.from_model or kind == "latent" else ["frechet_distance"]),
     ]
 
 
@@ -164,7 +166,7 @@ def run_finetuning(
     data = None if typed.data.from_model else data_of(typed, base, storage, log)
     added = additions or Additions()
     plan = Plan(
-        config={**config, "model": base.uri},
+        config={**config, "model": base.uri, "autoencoder": settled(base, Decoding.of(typed)).autoencoder},
         data=data,
         run=storage,
         model=tuned_config(typed, read_model_config(base), base_sha256=sha256),
@@ -231,8 +233,10 @@ def evaluation_plan(
     make_reward: MakeReward,
 ) -> EvaluationPlan:
     """What a fine-tuning is evaluated by, in the words of its configuration."""
+    base = Storage(str(config.model))
     return EvaluationPlan(
-        base=Storage(str(config.model)),
+        base=base,
+        decoding=settled(base, Decoding.of(config)),
         adapter=build_adapter(config.adapter),
         run=run,
         data=data,

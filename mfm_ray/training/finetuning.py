@@ -13,6 +13,7 @@ from mfm_ray.config import FinetuneConfig
 from mfm_ray.data.augment import AffineJitter
 from mfm_ray.finetuning import DriftTargets, Tilt, build_adapter, build_method, regression_loss
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.latent_models import Decoding
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import load_flow_map
 from mfm_ray.samplers import sample
@@ -20,7 +21,7 @@ from mfm_ray.steering import Reward
 from mfm_ray.storage import Storage
 from mfm_ray.training.feed import TrainingData
 from mfm_ray.training.loss_module import AutocastFlowMap
-from mfm_ray.training.sample_grid import picture_labels, picture_size
+from mfm_ray.training.sample_grid import can_be_shown, picture_labels, picture_size
 from mfm_ray.training.target_feed import TargetFeed, together
 from mfm_ray.training.task import Work
 from mfm_ray.training.time_buckets import bucket_sums
@@ -49,7 +50,7 @@ class Finetuning:
     make_reward: MakeReward
 
     def begin(self, plan: Plan, config: FinetuneConfig, device: torch.device) -> FinetuningWork:
-        base = load_flow_map(self.base).to(device)
+        base = load_flow_map(self.base, autoencoder=Decoding.of(config)).to(device)
         reward: Any = self.make_reward()
         if hasattr(reward, "to"):
             reward = reward.to(device)
@@ -191,6 +192,8 @@ class FinetuningWork(Work):
 
     def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Samples of the frozen and of the tuned drift, from the same noise."""
+        if not can_be_shown(self._base.space):
+            return {}
         maps = {"before": self._base, "tuned": self.model(weights, device)}
         return {
             title: sample(

@@ -17,8 +17,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mfm_ray.config import TrainConfig, TrainingConfig
 from mfm_ray.data import datasets
 from mfm_ray.data.shards import Manifest, read_manifest, write_shards
+from mfm_ray.data_space import DataSpace
 from mfm_ray.environment import environment_defaults
 from mfm_ray.errors import InputError
+from mfm_ray.latent_models import AUTO, Decoding, autoencoder_of, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.settings import from_dict
 from mfm_ray.storage import Storage
@@ -34,6 +36,7 @@ from mfm_ray.training.monitor import Watchdog
 from mfm_ray.training.notice import SigtermIsNotice
 from mfm_ray.training.pretraining import Pretraining
 from mfm_ray.training.progress import ProgressDisplay
+from mfm_ray.training.sample_grid import can_be_shown
 from mfm_ray.training.session import Measure, Plan
 from mfm_ray.training.teacher import check_objective, check_teacher, teacher_location
 from mfm_ray.training.trackers import check_trackers
@@ -159,7 +162,7 @@ def run_training(
     task = Pretraining(teacher=teacher_location(typed.objective))
     added = additions or Additions()
     plan = Plan(
-        config=dict(config),
+        config={**config, "autoencoder": autoencoder_of_pictures(typed, model["data"], data, log)},
         data=data,
         run=storage,
         model=model,
@@ -178,6 +181,27 @@ def run_training(
         shows_progress=added.shows_progress,
     )
     return finish(typed, storage, data, found, log)
+
+
+def autoencoder_of_pictures(config: TrainConfig, described: Mapping[str, Any], data: Storage, log: Log) -> str | None:
+    """Where the autoencoder is that sample pictures of latents are decoded by, None for none, which is told.
+
+    InputError for one that was asked for by name and cannot be had; training itself needs none.
+    """
+    decoding = Decoding.of(config)
+    place = autoencoder_of(data, described, decoding)
+    if described["kind"] != "latent" or config.sample_every == 0:
+        return place
+    try:
+        space = decoded_space(DataSpace.from_config(described), data, described, decoding)
+    except InputError as error:
+        if decoding.autoencoder != AUTO:
+            raise
+        log(f"no pictures of samples: {error}")
+        return None
+    if not can_be_shown(space):
+        log("no pictures of samples: they are latents, and no autoencoder is known (autoencoder=<folder>)")
+    return place
 
 
 def train_to_the_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from mfm_ray.config import TrainConfig
 from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.shards import load_moments, read_manifest
+from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
+from mfm_ray.latent_models import Decoding, decoded_space
 from mfm_ray.networks import build_network
 from mfm_ray.objectives import build_objective
 from mfm_ray.storage import Storage
 from mfm_ray.training.feed import BatchFeed, TrainingData
 from mfm_ray.training.loss_module import LossModule
-from mfm_ray.training.sample_grid import draw_steps
+from mfm_ray.training.sample_grid import can_be_shown, draw_steps
 from mfm_ray.training.task import Work
 from mfm_ray.training.teacher import load_teacher
 from mfm_ray.training.zero import BatchSplit, ZeroEngine
@@ -60,18 +63,35 @@ class PretrainingWork(Work):
         return BatchFeed(data, end=self._config.max_steps)
 
     def model(self, weights: Mapping[str, Tensor], device: torch.device) -> FlowMap:
-        model = build_flow_map(self._plan, self._config)
+        return self._with_weights(weights, device, None)
+
+    def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        if not can_be_shown(self._shown):
+            return {}
+        return draw_steps(self._with_weights(weights, device, self._shown), seed=self._config.seed)
+
+    @cached_property
+    def _shown(self) -> DataSpace:
+        """The data's space, with a decoder of latents where there is one; nothing but pictures needs it."""
+        plan, space = self._plan, read_manifest(self._plan.source).space
+        if space.kind != "latent":
+            return space
+        return decoded_space(space, plan.source, plan.model["data"], Decoding.of(self._config))
+
+    def _with_weights(self, weights: Mapping[str, Tensor], device: torch.device, space: DataSpace | None) -> FlowMap:
+        model = build_flow_map(self._plan, self._config, space)
         model.load_state_dict(weights)
         return model.to(device).eval()
 
-    def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        return draw_steps(self.model(weights, device), seed=self._config.seed)
 
-
-def build_flow_map(plan: Plan, config: TrainConfig) -> FlowMap:
-    """The network at initialisation, the same on every rank."""
+def build_flow_map(plan: Plan, config: TrainConfig, space: DataSpace | None = None) -> FlowMap:
+    """The network at initialisation, the same on every rank. space: that of the data, in which latents may be decoded;
+    None: as the data have it."""
     manifest, moments = read_manifest(plan.source), load_moments(plan.source)
     torch.manual_seed(config.seed)
     return build_network(
-        config.network, space=manifest.space, num_classes=manifest.num_classes, moments=moments.preconditioning()
+        config.network,
+        space=space or manifest.space,
+        num_classes=manifest.num_classes,
+        moments=moments.preconditioning(),
     )

@@ -133,7 +133,8 @@ class Recorder:
         training, weights = self._training, self._averaged_weights()
         if training.rank == 0:
             samples = training.work.pictures(weights, training.engine.device)
-            training.patience.insist("the samples", lambda: write_sample_grid(training.plan.run, done, samples))
+            if samples:
+                training.patience.insist("the samples", lambda: write_sample_grid(training.plan.run, done, samples))
         self._begin_interval(done)
 
     def _averaged_weights(self) -> dict[str, Tensor]:

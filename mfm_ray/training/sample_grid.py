@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mfm_ray.data_space import DataSpace
 from mfm_ray.flow_map import FlowMap
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.storage import Storage
@@ -21,7 +22,7 @@ _COLUMNS, _ROWS, _POINTS = 10, 4, 2048
 
 
 def write_sample_grid(run: Storage, step: int, samples: Mapping[str, Tensor]) -> None:
-    """samples/step-<step>.png in the run's folder: samples (N, *event) in data units by title.
+    """samples/step-<step>.png in the run's folder: samples (N, *sample_shape) in data units by title.
 
     Images as a block of rows for each title (ten a row), 2D data as scatter plots.
     """
@@ -39,7 +40,12 @@ def draw_steps(flow_map: FlowMap, *, seed: int) -> dict[str, Tensor]:
 
 def picture_size(flow_map: FlowMap) -> int:
     """Samples of one block of a picture."""
-    return _COLUMNS * _ROWS if flow_map.space.kind == "image" else _POINTS
+    return _COLUMNS * _ROWS if flow_map.space.makes_images else _POINTS
+
+
+def can_be_shown(space: DataSpace) -> bool:
+    """Whether there is a picture of samples: not of latents that nothing decodes."""
+    return space.makes_images or space.kind == "coordinates"
 
 
 def picture_labels(flow_map: FlowMap, device: torch.device) -> Tensor | None:
@@ -50,7 +56,7 @@ def picture_labels(flow_map: FlowMap, device: torch.device) -> Tensor | None:
 
 @torch.no_grad()
 def draw(flow_map: FlowMap, *, num_steps: int, seed: int) -> Tensor:
-    """Samples in data units, clamped, (N, *event): draws from the posterior at t = 0, which is the data's law."""
+    """Samples (N, *sample_shape) in data units, clamped: draws from the posterior at t = 0, which is the data's law."""
     count, device = picture_size(flow_map), next(flow_map.parameters()).device
     label = picture_labels(flow_map, device)
     x1 = flow_map.eval().posterior_draws(

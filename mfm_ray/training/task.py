@@ -71,7 +71,8 @@ class Work(ABC):
 
     @abstractmethod
     def pictures(self, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Samples (N, *event) in data units by title, of the flow map with these weights."""
+        """Samples (N, *sample_shape) in data units by title, of the flow map with these weights; none of latents that
+        nothing decodes."""
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         """The figures of a line from the means of its columns."""

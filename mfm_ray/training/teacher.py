@@ -51,7 +51,7 @@ def load_teacher(location: Storage | None, *, precision: str, device: torch.devi
     """The frozen teacher on this worker's device, in the precision of the training."""
     if location is None:
         return None
-    teacher = load_flow_map(location).to(device)
+    teacher = load_flow_map(location, autoencoder=None).to(device)
     return AutocastFlowMap(teacher) if precision == "bf16" else teacher
 
 

@@ -12,6 +12,7 @@ import safetensors.torch
 
 from mfm_ray.errors import InputError
 from mfm_ray.finetuning import build_adapter
+from mfm_ray.latent_models import located
 from mfm_ray.networks.tuned import TunedFlowMap
 from mfm_ray.pretrained import (
     CLASSIFIER_CONFIG,
@@ -70,7 +71,7 @@ def build_tuned(found: CheckpointModel) -> TunedFlowMap:
     base_model, wanted = Storage(found.state.config["model"]), found.state.model["tuning"]["base_sha256"]
     if weights_sha256(base_model) != wanted:
         raise InputError(f"model={base_model}: other weights than those that were tuned (SHA-256 {wanted[:12]}...)")
-    base = load_flow_map(base_model)
+    base = load_flow_map(base_model, autoencoder=None)
     # a checkpoint of before there were adapters says nothing of them
     adapter = build_adapter(found.state.config.get("adapter", _MERGED))
     return TunedFlowMap(base, adapter.merged(base, found.state_dict))
@@ -96,7 +97,7 @@ def save_tuned_model(
     """Write the model directory, the class judge of the base model beside it."""
     base_model = Storage(found.state.config["model"])
     config = {key: value for key, value in found.state.model.items() if key != "tuning"}
-    config["training"] = tuning_summary(found)
+    config |= {"data": located(base_model, config["data"]), "training": tuning_summary(found)}
     judge, accuracy = None, None
     if base_model.is_file(CLASSIFIER_CONFIG):
         judge, accuracy = load_classifier(base_model), base_model.read_json(CLASSIFIER_CONFIG)["heldout_accuracy"]

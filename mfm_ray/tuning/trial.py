@@ -35,9 +35,10 @@ _INTERVAL = 1.96
 
 
 class TrialSampler(Protocol):
-    """A model that is loaded, and what is built on it for each trial."""
+    """A model that is loaded, and what is built on it for each trial. makes_images: whether samples are pictures."""
 
     classifier: Callable[[Tensor], Tensor] | None
+    makes_images: bool
 
     def draw(self, settings: Mapping[str, Any], *, first_image: int, count: int) -> Any:
         """`mfm_ray.samplers.Samples` of images first_image, first_image + 1, ...; InputError for what is refused."""
@@ -112,7 +113,7 @@ class SamplingTrial(tune.Trainable):
         return measured
 
     def _keep_picture(self, images: Tensor) -> None:
-        if images.dim() == 4:
+        if self._sampler.makes_images:
             zoom = max(1, 48 // images.shape[-1])
             content = png(grid(images[:PICTURED].cpu(), columns=PICTURED, gap=max(1, zoom // 2), zoom=zoom))
             self._spec.pictures.write_bytes(picture_name(self._index), content)

@@ -40,6 +40,7 @@ from serve.schema import GenerationRequest
 from serve.settings import AppSettings, Limits
 from tests.rewards import tiny_networks
 
+from ..conftest import LatentModel
 from .hostile import NO_HTTP, goes_away, raw
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -85,14 +86,16 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    serve_url: str, tiny_models: dict[str, str], latent_model: LatentModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     keys, presets = folder / "keys", folder / "presets.yaml"
     keys.write_text(KEY)
     presets.write_text(yaml.safe_dump({quality: {"words": words} for quality, words in PRESETS.items()}))
     source = str(folder / "clip")
     tiny_networks.clip_folder(folder / "clip", image_size=28)
-    models = {**tiny_models, "tuned": tiny_models["tiny"]}
+    models = {**tiny_models, "tuned": tiny_models["tiny"], "latents": latent_model.model}
     never = {"min_replicas": 0, "max_replicas": 1, "initial_replicas": 0}
     settings = AppSettings.model_validate(
         {
@@ -120,8 +123,10 @@ def served(serve_url: str, tiny_models: dict[str, str], tmp_path_factory: pytest
         }
     )
     serve.run(build_app(settings), name=APP, route_prefix="/")
-    client = openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120)
-    with httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http:
+    with (
+        openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120) as client,
+        httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http,
+    ):
         yield Served(serve_url, client, http, models, str(presets), source)
 
 
@@ -278,13 +283,44 @@ def test_the_async_client_streams_too(served: Served) -> None:
 
 
 def test_models_share_a_replica_one_at_a_time(served: Served) -> None:
-    assert [model.id for model in served.openai.models.list().data] == ["tiny", "other", "tuned"]
+    assert [model.id for model in served.openai.models.list().data] == ["tiny", "other", "tuned", "latents"]
     images = {
         model: served.generate(model=model, seed=1, steering=SYMMETRY)["data"][0]["b64_json"]
         for model in ("other", "tiny", "other")
     }
     for model, image in images.items():
         assert image == as_served(local_images(served, seed=1, steering=SYMMETRY, model=model).images)[0]
+
+
+def test_a_model_of_latents_is_served_as_pictures(served: Served) -> None:
+    """Previews and images are the library's pictures, decoded; rewards, here and elsewhere, saw those."""
+    shown = next(model for model in served.http.get("/v1/models").json()["data"] if model["id"] == "latents")
+    assert (shown["size"], shown["channels"], shown["class_names"]) == ("8x8", 3, ["a", "b", "c"])
+    body = {"model": "latents", "prompt": "b", "size": "8x8", "extra_body": {"seed": 4, "steering": BOTH}}
+    stream = served.openai.images.generate(**body, stream=True, partial_images=1)
+    preview, image = [decode_png(event.b64_json, event_shape=(3, 8, 8), max_pixels=64) for event in stream]
+    assert preview.std() > 0
+    card = read_models({"latents": served.models["latents"]})["latents"]
+    resolver = Resolver({"latents": card}, ["symmetry", "brightness"], Limits())
+    asked = GenerationRequest.model_validate({"prompt": "b", "seed": 4, "steering": BOTH})
+    generation, source = resolver.generation(asked), RewardSource(card)
+    parts = [source.build(choice.name, choice.params) for choice in generation.rewards]
+    reward = mfm.rewards.WeightedSum(rewards=parts, weights=[0.7, -0.2])
+    expected = mfm.sample(
+        mfm.load_flow_map(served.models["latents"]),
+        num_samples=1,
+        steering=mfm.GradientGuidance(reward, **generation.arguments),
+        num_steps=6,
+        dynamics=generation.dynamics,
+        seed=4,
+        label=1,
+    )
+    assert encode_png(image) == as_served(expected.images)[0]
+    with pytest.raises(openai.BadRequestError, match="size=4x4: expected auto or 8x8"):
+        served.openai.images.generate(**{**body, "size": "4x4"})
+    texts = [encode_png(image), encode_png(1 - image)]
+    scores = served.http.post("/v1/rewards/symmetry/score", json={"images": texts, "model": "latents"}).json()
+    assert len(scores["scores"]) == 2
 
 
 @pytest.mark.parametrize("name", ["symmetry", "brightness"])
@@ -336,7 +372,7 @@ def test_refusals_reach_the_client_as_openais_errors(served: Served) -> None:
         served.openai.images.generate(model="gone", prompt="")
     with pytest.raises(openai.AuthenticationError):
         served.openai.with_options(api_key="wrong").images.generate(model="tiny", prompt="")
-    with pytest.raises(openai.BadRequestError, match="model: missing; expected one of tiny, other, tuned"):
+    with pytest.raises(openai.BadRequestError, match="model: missing; expected one of tiny, other, tuned, latents"):
         served.openai.images.generate(prompt="")
 
 

@@ -41,6 +41,7 @@ def arithmetic_sampler() -> Any:
 
         class Sampler:
             classifier = None
+            makes_images = True
 
             def compare(self, settings: Any, images: Any) -> dict[str, float]:
                 return {}
