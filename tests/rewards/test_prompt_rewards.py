@@ -14,8 +14,10 @@ from mfm_ray.building import PROMPT_REWARDS, build_reward
 from mfm_ray.config import load_config
 from mfm_ray.errors import InputError
 from mfm_ray.rewards import Aesthetic, ClipScore, HPSv2, ImageReward, PickScore, Thresholded
+from mfm_ray.rewards.clip import Clip, clip_tokenizer
 from mfm_ray.rewards.pixels import filled_square, normalised
-from mfm_ray.rewards.prompt import TextCache
+from mfm_ray.rewards.preference import PickScorer
+from mfm_ray.rewards.prompt import PromptReward, TextCache
 from mfm_ray.steering.reward_gradient import evaluate
 from tests.rewards import tiny_networks
 from tests.rewards.tiny_networks import waves
@@ -124,6 +126,30 @@ def test_many_prompts_at_once_are_each_by_itself_to_the_bit(rewards, name):
     fewer = copy.copy(reward.scorer)
     fewer.rows_per_call = 4
     assert torch.equal(fewer(images, prompts), values.detach())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_batch_mates_at_the_width_of_a_vit_h(folders, threads):
+    from transformers import CLIPConfig, CLIPModel
+
+    config = tiny_networks.clip_config(tiny_networks.clip_tokenizer(folders / "tokens"))
+    config["vision_config"].update(hidden_size=1280, intermediate_size=5120, num_attention_heads=16)
+    network = tiny_networks.randomised(CLIPModel(CLIPConfig.from_dict(config))).requires_grad_(False)
+    rows = config["text_config"]["vocab_size"]
+    clip = Clip(network, clip_tokenizer(folders / "tokens", key="tokenizer", rows=rows))
+    reward = PromptReward(scorer=PickScorer(clip, name="wide", rows_per_call=8), prompt=CAT, name="wide")
+    images = torch.cat([waves(256, 256) * factor for factor in (1.0, 0.9, 0.7, 0.5, 0.2)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values, gradients = reward(images), gradient(reward, images)
+        for first, count in ((0, 1), (3, 2), (2, 5)):
+            part = slice(first, first + count)
+            assert torch.equal(reward(images[part]), values[part])
+            assert torch.equal(gradient(reward, images[part]), gradients[part])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_memory_of_a_gradient_is_that_of_one_call(rewards):
