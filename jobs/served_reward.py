@@ -106,7 +106,7 @@ class ServedReward:
     def _build(self, ask: Any) -> Any:
         """The reward with `ask(name, title, parameters)` for each of its parts."""
         from mfm_ray.building import build_reward
-        from serve.catalogue import KINDS, resolve_params
+        from serve.catalogue import KINDS, network_arguments, resolve_params
         from serve.models import read_models
         from serve.reward import canonical
 
@@ -115,7 +115,15 @@ class ServedReward:
         def elsewhere(name: str, title: str, params: Mapping[str, Any], place: str) -> Any:
             if name not in KINDS:
                 raise InputError(f"{place}.name={name}: is not served; expected one of {', '.join(KINDS)}")
-            given = {key: value for key, value in params.items() if not (key == "data" and value is None)}
+            network = network_arguments(name, {})
+            for key, default in network.items():
+                if params.get(key, default) != default:
+                    raise InputError(f"{place}.{key}={params[key]}: a served {name} has the weights of its deployment")
+            given = {
+                key: value
+                for key, value in params.items()
+                if key not in network and not (key == "data" and value is None)
+            }
             if name == "masked_observation" and self.seed != 0:
                 raise InputError(f"seed={self.seed}: a served {name} sees through the noise of seed 0; expected seed=0")
             resolved = resolve_params(name, card, given, place=place, max_pixels=_PIXELS)

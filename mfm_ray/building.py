@@ -16,12 +16,17 @@ from mfm_ray.errors import InputError, refuse_unknown_arguments
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.noise import KeyedNoise, Stream
 from mfm_ray.rewards import (
+    Aesthetic,
     ClassMixture,
     ClassProbability,
+    ClipScore,
     Combination,
+    HPSv2,
+    ImageReward,
     LinearGaussian,
     MaskedObservation,
     Minimum,
+    PickScore,
     Symmetry,
     TargetBrightness,
     Thresholded,
@@ -57,8 +62,16 @@ ANALYTIC_REWARDS: dict[str, Any] = {
     "symmetry": Symmetry,
 }
 CLASS_REWARDS: dict[str, Any] = {"class_probability": ClassProbability, "class_mixture": ClassMixture}
+PROMPT_REWARDS: dict[str, Any] = {
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "image_reward": ImageReward,
+    "clip_score": ClipScore,
+    "aesthetic": Aesthetic,
+}
+"""Published networks that score images, all but the aesthetic score for a prompt."""
 COMBINED_REWARDS: dict[str, type[Combination]] = {"weighted_sum": WeightedSum, "minimum": Minimum}
-SCORING_REWARDS = ("masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS, *COMBINED_REWARDS)
+SCORING_REWARDS = ("masked_observation", *ANALYTIC_REWARDS, *CLASS_REWARDS, *PROMPT_REWARDS, *COMBINED_REWARDS)
 REWARDS = ("none", *SCORING_REWARDS)
 _OF_EVERY_REWARD = ("weight", "threshold")
 MakeElsewhere = Callable[[str, str, Mapping[str, Any], str], Reward]
@@ -152,7 +165,7 @@ def _scoring_reward(reward: Mapping[str, Any], group: str, sources: _Sources, *,
         classifier = sources.load_classifier()
         built = _construct(CLASS_REWARDS[name], group, arguments, further=_OF_EVERY_REWARD, classifier=classifier)
     else:
-        built = _construct(ANALYTIC_REWARDS[name], group, arguments, further=_OF_EVERY_REWARD)
+        built = _construct({**ANALYTIC_REWARDS, **PROMPT_REWARDS}[name], group, arguments, further=_OF_EVERY_REWARD)
     if threshold is None:
         return built
     return _construct(Thresholded, group, {"threshold": threshold}, reward=built)

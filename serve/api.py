@@ -18,7 +18,7 @@ from mfm_ray.settings import nearest
 
 from .answers import KEEP_ALIVE, completed_events, generation_answer, preview_events, server_sent
 from .backend import Backend
-from .catalogue import describe
+from .catalogue import describe, reads_prompts
 from .errors import ApiError, deadline_passed, error_event, internal, too_busy, wrong_value
 from .gate import BodyError, Gate, log
 from .generation import Event, Finished, Generation, Preview
@@ -109,9 +109,11 @@ class Routes:
     async def score(self, name: str, body: ScoreRequest, request: Request) -> dict[str, Any]:
         """Scores of images by one reward, in the order of the images."""
         limits, card = self._resolver.limits, self._resolver.model(body.model)
-        params = self._resolver.reward_params(name, card, body.params, place="params", of="name")
-        if body.prompt:
-            raise wrong_value("prompt", f"prompt={body.prompt[:40]}: reward {name} takes none")
+        params = self._resolver.reward_params(name, card, body.params, place="params", of="name", prompt=body.prompt)
+        at_most("prompt", len(body.prompt), limits.prompt_chars, "characters")
+        if body.prompt and params.get("prompt") != body.prompt:
+            of = "another one stands in params.prompt" if reads_prompts(name) else f"reward {name} takes none"
+            raise wrong_value("prompt", f"prompt={body.prompt[:40]}: {of}")
         at_most("images", len(body.images), limits.scored_images, "images")
         images = torch.stack([_decoded(text, i, card, limits.image_pixels) for i, text in enumerate(body.images)])
         scores = await self._backend.score(name, card.id, params, images.numpy())

@@ -17,7 +17,7 @@ from mfm_ray.latent_models import Decoding
 
 from .api import build_api
 from .backend import ServeBackend
-from .catalogue import KINDS, rewards_of
+from .catalogue import KINDS, network_arguments, reads_prompts, rewards_of
 from .errors import RETRY_AFTER_S, ApiError
 from .keys import OPEN, Keys
 from .models import ModelCard, read_models
@@ -92,20 +92,23 @@ def _resolver(args: AppSettings, cards: Mapping[str, ModelCard], rewards: list[R
 
 def _request_of(model: str, quality: str, preset: SteeringPreset, rewards: list[str]) -> GenerationRequest:
     """A request that leaves everything to the preset."""
-    wishes = [{"name": name} for name in rewards[:1]] if preset.method != "none" else []
+    needed = rewards[:1] if preset.method != "none" else []
+    wishes = [{"name": name, "params": {"prompt": "any"} if reads_prompts(name) else {}} for name in needed]
     steering = {"method": preset.method, "rewards": wishes}
     return GenerationRequest.model_validate({"model": model, "quality": quality, "steering": steering})
 
 
 def _served_rewards(args: AppSettings, cards: Mapping[str, ModelCard]) -> list[RewardSettings]:
-    """What the operator named, or everything that any of the models can have."""
+    """What the operator named, or everything that any of the models can have and that brings no network of its own."""
     possible = {name for card in cards.values() for name in rewards_of(card)}
     if args.rewards is None:
-        return [RewardSettings(name=name) for name in KINDS if name in possible]
+        own = [name for name, kind in KINDS.items() if name in possible and not kind.has_network]
+        return [RewardSettings(name=name) for name in own]
     for reward in args.rewards:
         if reward.name not in possible:
             known = ", ".join(name for name in KINDS if name in possible)
             raise InputError(f"rewards: {reward.name} is not among those of the models served; expected {known}")
+        network_arguments(reward.name, reward.weights)
     if len({reward.name for reward in args.rewards}) < len(args.rewards):
         raise InputError("rewards: a reward is named twice")
     return args.rewards

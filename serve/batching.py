@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-Evaluate = Callable[[Any, np.ndarray], tuple[np.ndarray, ...]]
-"""Arrays (N, ...) of N rows under a key; rows must not depend on each other."""
+Evaluate = Callable[[Any, np.ndarray, Sequence[Any]], tuple[np.ndarray, ...]]
+"""Arrays (N, ...) of N rows under a key, each row with its caller's own label; rows must not depend on each other."""
 
 
 @dataclass(eq=False)
@@ -22,6 +22,7 @@ class _Item:
 
     key: Hashable
     rows: np.ndarray
+    label: Any
     background: bool
     due: float
     future: Future[tuple[np.ndarray, ...]] = field(default_factory=Future)
@@ -73,6 +74,8 @@ class Backlog:
 class Batcher:
     """One thread that evaluates what has piled up since the last time, all rows of equal keys together.
 
+    The key is what must be equal for that; what may differ from caller to caller, such as a prompt, is the label.
+
     Nothing waits for a batch to fill: while one is computed, the next one gathers.
 
     Items in the background let pass what comes within `patience_s` after them, and nothing that comes later: each waits
@@ -107,9 +110,11 @@ class Batcher:
         with self._changed:
             return sum(len(item.rows) for item in self._items)
 
-    def submit(self, key: Hashable, rows: np.ndarray, *, background: bool = False) -> Future[tuple[np.ndarray, ...]]:
-        """The future of evaluate(key, rows), or of the error that these rows cause."""
-        item = _Item(key, rows, background, self._clock() + (self._patience_s if background else 0.0))
+    def submit(
+        self, key: Hashable, rows: np.ndarray, *, label: Any = None, background: bool = False
+    ) -> Future[tuple[np.ndarray, ...]]:
+        """The future of evaluate(key, rows, labels), or of the error that these rows cause."""
+        item = _Item(key, rows, label, background, self._clock() + (self._patience_s if background else 0.0))
         self.backlog.begin(len(rows))
         item.future.add_done_callback(lambda _: self.backlog.end(len(rows)))
         with self._changed:
@@ -149,7 +154,8 @@ class Batcher:
 
     def _answer(self, batch: Sequence[_Item]) -> None:
         try:
-            results = self._evaluate(batch[0].key, np.concatenate([item.rows for item in batch]))
+            labels = [item.label for item in batch for _ in item.rows]
+            results = self._evaluate(batch[0].key, np.concatenate([item.rows for item in batch]), labels)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].future.set_exception(error)

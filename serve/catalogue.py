@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 from collections import Counter
@@ -17,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from mfm_ray.building import build_reward
-from mfm_ray.errors import InputError
+from mfm_ray.building import PROMPT_REWARDS, build_reward
+from mfm_ray.errors import InputError, refuse_unknown_arguments
 from mfm_ray.networks.classifier import DigitClassifier
 from mfm_ray.pretrained import load_classifier
 from mfm_ray.rewards import MaskedObservation, Thresholded, half_mask
@@ -39,16 +40,22 @@ _JSON_TYPES = {
     list: "array",
     types.NoneType: "null",
 }
+_OF_A_REQUEST = ("prompt", "name")
+"""Arguments of a prompt reward's constructor that no operator gives."""
 _CEILING = Allowed(doc="no gain above this value, in the reward's own units; null: no such ceiling")
 
 
 @dataclass(frozen=True)
 class RewardKind:
-    """A reward that can be served. parameters: as a model has them; needs: whether a model can have this reward."""
+    """A reward that can be served. parameters: as a model has them; needs: whether a model can have this reward.
+
+    has_network: a published network scores, which is served only where the operator names the reward.
+    """
 
     doc: str
     parameters: Callable[[ModelCard], Parameters]
     needs: Callable[[ModelCard], bool] = lambda card: True
+    has_network: bool = False
 
 
 def _symmetry(card: ModelCard) -> Parameters:
@@ -84,6 +91,10 @@ def _class_mixture(card: ModelCard) -> Parameters:
     return {"weights": (list[float], weights)}
 
 
+def _prompt(card: ModelCard) -> Parameters:
+    return {"prompt": (str, Allowed(doc="what the image should show; empty: the request's prompt, or its class"))}
+
+
 KINDS: dict[str, RewardKind] = {
     "symmetry": RewardKind("log-likelihood of mirrored pixels being equal up to noise", _symmetry),
     "brightness": RewardKind("log-likelihood of the mean pixel being near a target", _brightness),
@@ -102,7 +113,34 @@ KINDS: dict[str, RewardKind] = {
         _class_mixture,
         needs=lambda card: card.has_classifier,
     ),
+    "pickscore": RewardKind("PickScore: preference of people for a prompt", _prompt, has_network=True),
+    "hpsv2": RewardKind("HPSv2.1: preference of people for a prompt", _prompt, has_network=True),
+    "image_reward": RewardKind("ImageReward: preference of people for a prompt", _prompt, has_network=True),
+    "clip_score": RewardKind("100 times the cosine of CLIP's image and text features", _prompt, has_network=True),
+    "aesthetic": RewardKind("LAION's aesthetic score, of the image alone", lambda card: {}, has_network=True),
 }
+
+
+def reads_prompts(name: str) -> bool:
+    """Whether a reward has the parameter `prompt`."""
+    return KINDS[name].parameters is _prompt
+
+
+def network_arguments(name: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a reward's network comes from: what the operator gave, the rest as in its file of `mfm_ray/conf/reward`.
+
+    Empty for a reward without one. InputError naming `rewards.<name>.weights.key` for what its constructor lacks.
+    """
+    if not KINDS[name].has_network:
+        if weights:
+            raise InputError(f"rewards.{name}.weights: this reward has no network of its own; expected none")
+        return {}
+    constructor, place = PROMPT_REWARDS[name], f"rewards.{name}.weights"
+    supplied = [key for key in _OF_A_REQUEST if key != "prompt" or reads_prompts(name)]
+    refuse_unknown_arguments(weights, constructor, group=place, supplied=supplied)
+    own = (key for key in inspect.signature(constructor).parameters if key not in supplied)
+    configured = _configured(name)
+    return {key: weights.get(key, configured[key]) for key in own}
 
 
 def rewards_of(card: ModelCard) -> list[str]:
@@ -155,6 +193,8 @@ def resolve_params(
                 raise InputError(f"{place}.{picture}: {error}") from error
     if resolved.get("mask") is not None and resolved["observed"] is None:
         raise InputError(f"{place}.mask: says which pixels of {place}.observed are seen; expected both or neither")
+    if reads_prompts(name) and not resolved["prompt"].strip():
+        raise InputError(f"{place}.prompt: empty; expected a text here, or as the request's prompt")
     if "weights" in resolved and not any(resolved["weights"]):
         raise InputError(f"{place}.weights={resolved['weights']}: expected at least one above 0")
     return resolved
@@ -205,10 +245,13 @@ def titles(names: Sequence[str]) -> list[str]:
 
 
 class RewardSource:
-    """Builds the rewards of one model, with what no request holds: its classifier, held-out images."""
+    """Builds the rewards of one model, with what no request holds: its classifier, held-out images, and weights.
 
-    def __init__(self, card: ModelCard) -> None:
-        self.card = card
+    weights: of rewards with a network, by their name, as `network_arguments` takes them.
+    """
+
+    def __init__(self, card: ModelCard, weights: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.card, self._weights = card, weights or {}
         self._classifier: DigitClassifier | None = None
 
     def build(self, name: str, params: Mapping[str, Any]) -> Reward:
@@ -217,7 +260,7 @@ class RewardSource:
             return self._observation(name, params)
         given = {key: value for key, value in params.items() if key not in ("observed", "mask")}
         built = build_reward(
-            {"name": name, **given},
+            {"name": name, **given, **network_arguments(name, self._weights.get(name, {}))},
             load_classifier=self._load_classifier,
             load_heldout=lambda place: heldout_images(self.card.data_name),
         )

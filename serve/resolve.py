@@ -20,7 +20,7 @@ from mfm_ray.steering import SMC, AutoDraws, Steering, Unguided
 from mfm_ray.steering.budget import within_budget
 from mfm_ray.steering.draws import most_draws
 
-from .catalogue import resolve_params, rewards_of, titles
+from .catalogue import reads_prompts, resolve_params, rewards_of, titles
 from .errors import from_input_error, unknown_model, unknown_reward, wrong_value
 from .generation import COMBINED, Generation, RewardChoice
 from .models import ModelCard
@@ -84,16 +84,23 @@ class Resolver:
         return card
 
     def reward_params(
-        self, name: str, card: ModelCard, given: Mapping[str, Any], *, place: str, of: str
+        self, name: str, card: ModelCard, given: Mapping[str, Any], *, place: str, of: str, prompt: str = ""
     ) -> dict[str, Any]:
-        """Resolved parameters. place: field of the reward's parameters; of: field of its name."""
+        """Resolved parameters. place: field of the reward's parameters; of: field of its name.
+
+        prompt: of the request, for a reward that reads one and has none of its own.
+        """
         known = [reward for reward in rewards_of(card) if reward in self.rewards]
         if name not in known:
             raise unknown_reward(name, known, param=of)
+        if reads_prompts(name) and given.get("prompt", "") == "":
+            given = {**given, "prompt": prompt}
         try:
-            return resolve_params(name, card, given, place=place, max_pixels=self.limits.image_pixels)
+            resolved = resolve_params(name, card, given, place=place, max_pixels=self.limits.image_pixels)
         except InputError as error:
             raise from_input_error(error, within=place) from error
+        at_most(f"{place}.prompt", len(resolved.get("prompt", "")), self.limits.prompt_chars, "characters")
+        return resolved
 
     def generation(self, request: GenerationRequest, *, key: str = "", seed: int | None = None) -> Generation:
         """The resolved request. seed: for a request without one. ApiError naming the field that is wrong."""
@@ -104,7 +111,7 @@ class Resolver:
         if request.size not in (None, "auto", card.size):
             raise wrong_value("size", f"size={request.size}: expected auto or {card.size}")
         quality = AUTO if request.quality in (None, "auto") else str(request.quality)
-        rewards = self._rewards(steering, card)
+        rewards = self._rewards(steering, card, prompt=_wish(request, card))
         preset = self._preset(card, quality, steering, any_rewards=bool(rewards))
         plan = self._plan(steering, quality, preset, any_rewards=bool(rewards))
         method = plan.method
@@ -118,7 +125,7 @@ class Resolver:
             num_steps=plan.num_steps,
             dynamics=_dynamics(steering, preset, method),
             seed=_seed(request.seed, seed),
-            label=_label(request, card),
+            label=_label(request, card, free_text=any(reads_prompts(reward.name) for reward in rewards)),
             cfg_scale=_cfg_scale(request, preset, card),
             max_nfe=plan.max_nfe,
             deadline_s=self._deadline(steering),
@@ -133,14 +140,16 @@ class Resolver:
         at_most("steering", row_steps(generation), limits.row_steps, "n x particles x draws x steps")
         return generation
 
-    def _rewards(self, steering: SteeringRequest, card: ModelCard) -> tuple[RewardChoice, ...]:
+    def _rewards(self, steering: SteeringRequest, card: ModelCard, *, prompt: str) -> tuple[RewardChoice, ...]:
         requested = steering.rewards
         at_most("steering.rewards", len(requested), self.limits.rewards, "rewards")
         chosen = []
         for index, (reward, title) in enumerate(zip(requested, titles([r.name for r in requested]), strict=True)):
             place = f"steering.rewards[{index}]"
             _require_weight(reward, steering.combine, place)
-            params = self.reward_params(reward.name, card, reward.params, place=f"{place}.params", of=f"{place}.name")
+            params = self.reward_params(
+                reward.name, card, reward.params, place=f"{place}.params", of=f"{place}.name", prompt=prompt
+            )
             chosen.append(RewardChoice(title, reward.name, reward.weight, params))
         return tuple(chosen)
 
@@ -277,8 +286,16 @@ def _seed(given: int | None, otherwise: int | None) -> int:
     return secrets.randbelow(MAX_SEED + 1) if otherwise is None else otherwise
 
 
-def _label(request: GenerationRequest, card: ModelCard) -> int | None:
-    """The class, by number or by its name in the prompt."""
+def _wish(request: GenerationRequest, card: ModelCard) -> str:
+    """What rewards read that have no prompt of their own: the request's, or the name of its class."""
+    chosen = request.class_label
+    if request.prompt.strip() or chosen is None or chosen >= len(card.class_names):
+        return request.prompt
+    return card.class_names[chosen]
+
+
+def _label(request: GenerationRequest, card: ModelCard, *, free_text: bool) -> int | None:
+    """The class, by number or by its name in the prompt. free_text: a reward reads the prompt, which may be any."""
     if request.class_label is not None and request.class_label >= card.num_classes:
         allowed = f"0 to {card.num_classes - 1}" if card.num_classes else "null: this model has no classes"
         raise wrong_value("class_label", f"class_label={request.class_label}: expected {allowed}")
@@ -286,6 +303,8 @@ def _label(request: GenerationRequest, card: ModelCard) -> int | None:
     if not prompt:
         return request.class_label
     if prompt not in card.class_names:
+        if free_text:
+            return request.class_label
         close = nearest(prompt, card.class_names)
         allowed = f"a class, one of {', '.join(card.class_names)}, or nothing" if card.class_names else "nothing"
         hint = f"; did you mean {close}?" if close else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,14 @@ import torch
 from ray import serve
 
 from mfm_ray.padding import padded_index
+from mfm_ray.rewards.preference import SCORERS
+from mfm_ray.rewards.prompt import Scorer, shared
 from mfm_ray.steering import Reward, score
 from mfm_ray.steering.reward_gradient import evaluate, value_and_gradient
 
 from .autoscaling import CALLS, ROWS, with_policy
 from .batching import Batcher
-from .catalogue import RewardSource
+from .catalogue import RewardSource, network_arguments
 from .listener import Listener
 from .metrics import reward_seconds
 from .models import ModelCard
@@ -42,8 +45,10 @@ def canonical(params: Mapping[str, Any]) -> str:
 class BuiltRewards:
     """Rewards by model, name and parameters, the least recently used one leaving first."""
 
-    def __init__(self, cards: Sequence[ModelCard], *, capacity: int) -> None:
-        self._sources = {card.id: RewardSource(card) for card in cards}
+    def __init__(
+        self, cards: Sequence[ModelCard], *, capacity: int, weights: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self._sources = {card.id: RewardSource(card, weights) for card in cards}
         self._capacity = capacity
         self._built: OrderedDict[tuple[str, str, str], Reward] = OrderedDict()
 
@@ -67,11 +72,15 @@ class RewardServer:
     def __init__(self, cards: Sequence[ModelCard], settings: RewardSettings) -> None:
         self.name = settings.name
         self._listeners: dict[str, Listener] = {}
-        self._rewards = BuiltRewards(cards, capacity=settings.rewards_in_memory)
+        self._rewards = BuiltRewards(
+            cards, capacity=settings.rewards_in_memory, weights={settings.name: settings.weights}
+        )
         self._batcher = Batcher(
             self._evaluate, max_rows=settings.max_batch_rows, name=self.name, patience_s=settings.patience_s
         )
         self._seconds = reward_seconds()
+        # loaded before the replica counts as ready, and on the GPU where Ray gave it one
+        self._scorer = _scorer(settings)
 
     async def address(self, caller: str) -> Address:
         """Where this replica listens for samplers on the node of this address.
@@ -121,19 +130,56 @@ class RewardServer:
     ) -> Future[tuple[np.ndarray, ...]]:
         if method not in DIRECT:
             raise ValueError(f"method {method!r}: expected one of {', '.join(DIRECT)}")
-        return self._batcher.submit((DIRECT[method], model, params), samples, background=background)
+        return self._submit((DIRECT[method], model, params), samples, background)
 
     async def _answer(
-        self, key: tuple[str, str, str], samples: np.ndarray, background: bool = False
+        self, asked: tuple[str, str, str], samples: np.ndarray, background: bool = False
     ) -> tuple[np.ndarray, ...]:
-        return await asyncio.wrap_future(self._batcher.submit(key, samples, background=background))
+        return await asyncio.wrap_future(self._submit(asked, samples, background))
 
-    def _evaluate(self, key: tuple[str, str, str], rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        kind, model, params = key
-        began = time.perf_counter()
-        results = _KINDS[kind](self._rewards.get(model, self.name, params), torch.tensor(rows))
+    def _submit(
+        self, asked: tuple[str, str, str], samples: np.ndarray, background: bool
+    ) -> Future[tuple[np.ndarray, ...]]:
+        """A network scores rows with a prompt each: only the shape of images must be equal to be scored together."""
+        if self._scorer is None:
+            return self._batcher.submit(asked, samples, background=background)
+        kind, _, params = asked
+        return self._batcher.submit((kind, samples.shape[1:]), samples, label=params, background=background)
+
+    def _evaluate(self, key: tuple[Any, ...], rows: np.ndarray, labels: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        kind, began = key[0], time.perf_counter()
+        reward = self._rewards.get(key[1], self.name, key[2]) if self._scorer is None else _Rows(self._scorer, labels)
+        results = _KINDS[kind](reward, torch.tensor(rows))
         self._seconds.observe(time.perf_counter() - began, tags={"reward": self.name, "pass": kind})
         return tuple(result.numpy() for result in results)
+
+
+class _Rows:
+    """The reward of a batch: row i has the prompt and the threshold of the parameters (canonical) labels[i]."""
+
+    composes_gradients = True
+
+    def __init__(self, scorer: Scorer, labels: Sequence[str]) -> None:
+        self.name, self._scorer = scorer.name, scorer
+        read = {label: json.loads(label) for label in set(labels)}
+        self._prompts = [read[label].get("prompt", "") for label in labels]
+        ceilings = [read[label].get("threshold") for label in labels]
+        self._ceilings = [math.inf if ceiling is None else float(ceiling) for ceiling in ceilings]
+
+    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
+        missing = len(samples) - len(self._prompts)  # rows that stand in for row 0 (`mfm_ray.padding`)
+        prompts = self._prompts + self._prompts[:1] * missing
+        ceilings = torch.tensor(self._ceilings + self._ceilings[:1] * missing, device=samples.device)
+        # not torch.minimum, which halves the gradient where a value is at its ceiling, as `Thresholded` does not
+        return self._scorer(samples, prompts).float().clamp(max=ceilings)
+
+
+def _scorer(settings: RewardSettings) -> Scorer | None:
+    arguments = network_arguments(settings.name, settings.weights)
+    if not arguments:
+        return None
+    scorer: Scorer = shared(SCORERS[settings.name].load, **arguments)
+    return scorer.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ class RequestRewards:
     ) -> None:
         self._settings = {reward.name: reward for reward in rewards}
         self._lines = {name: _line_to(handle, self._settings[name]) for name, handle in handles.items()}
-        self._built = BuiltRewards(cards, capacity=capacity)
+        weights = {reward.name: reward.weights for reward in rewards}
+        self._built = BuiltRewards(cards, capacity=capacity, weights=weights)
         self._parts: OrderedDict[Any, Reward] = OrderedDict()
         self._capacity, self._lock = capacity, threading.RLock()
 

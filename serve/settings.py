@@ -103,6 +103,11 @@ class RewardSettings(Replicas):
         default=1.0,
         description="a call of training lets those of samplers pass that come within so many seconds after it",
     )
+    weights: dict[str, Any] = Field(
+        default_factory=dict,
+        description="of a reward with a published network: source, tokenizer, head, rows_per_call; left out: as in "
+        "conf/reward",
+    )
     rewards_in_memory: PositiveInt = Field(default=64, description="rewards kept built, one for each set of parameters")
 
 

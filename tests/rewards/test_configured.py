@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mfm_ray.building import REWARDS, build_reward
+from mfm_ray.building import PROMPT_REWARDS, REWARDS, build_reward
 from mfm_ray.config import group_choices, load_config, to_dict
 from mfm_ray.errors import InputError
 from mfm_ray.networks.classifier import DigitClassifier
@@ -20,10 +20,17 @@ def build(*words):
     return build_reward(config.reward, load_classifier=lambda: CLASSIFIER, load_heldout=lambda place: IMAGES)
 
 
-def test_every_named_reward_can_be_chosen_and_built_as_it_stands():
+def network_words(name, folders):
+    """What a reward with a published network is told beside its name: folders that are here, and a prompt."""
+    source = {"hpsv2": "hpsv2", "image_reward": "image_reward"}.get(name, "clip")
+    own = f"reward.head={folders / 'head'}" if name == "aesthetic" else "reward.prompt=cat"
+    return [f"reward.source={folders / source}", own]
+
+
+def test_every_named_reward_can_be_chosen_and_built_as_it_stands(folders):
     assert group_choices("reward") == sorted(REWARDS)
     for name in REWARDS:
-        reward = build(f"reward={name}")
+        reward = build(f"reward={name}", *(network_words(name, folders) if name in PROMPT_REWARDS else ()))
         if name == "none":
             assert reward is None
         else:

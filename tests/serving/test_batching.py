@@ -16,7 +16,7 @@ def gate():
         def __init__(self):
             self.open, self.seen = threading.Event(), []
 
-        def __call__(self, key, rows):
+        def __call__(self, key, rows, labels):
             self.open.wait(30)
             self.seen.append((key, len(rows)))
             if (rows < 0).any():

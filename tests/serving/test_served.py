@@ -38,6 +38,7 @@ from serve.resolve import Resolver
 from serve.reward import canonical
 from serve.schema import GenerationRequest
 from serve.settings import AppSettings, Limits
+from tests.rewards import tiny_networks
 
 from ..conftest import LatentModel
 from .hostile import NO_HTTP, goes_away, raw
@@ -50,6 +51,8 @@ SYMMETRY = {"rewards": [{"name": "symmetry"}], "num_steps": 8}
 BOTH = {"rewards": [{"name": "symmetry", "weight": 0.7}, {"name": "brightness", "weight": -0.2}], "num_steps": 6}
 IMPATIENT = {"downscale_delay_s": 1, "look_back_period_s": 3, "metrics_interval_s": 1}
 ENDLESS = {"rewards": [{"name": "symmetry"}], "num_steps": 1000, "num_draws": 16}
+OWN_ENVIRONMENT = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"HF_HUB_OFFLINE": "1"}}}
+"""Of the prompt reward: a runtime environment that no other deployment has."""
 ROWS_OF_ENDLESS = 16 * 16
 """Of 16 images."""
 REQUESTS_HELD = 8
@@ -70,6 +73,8 @@ class Served:
     http: httpx.Client
     models: dict[str, str]
     presets: str
+    clip: str
+    """Source of the prompt reward."""
 
     def generate(self, **body: Any) -> dict[str, Any]:
         response = self.http.post("/v1/images/generations", json={"model": "tiny", **body})
@@ -88,6 +93,8 @@ def served(
     keys, presets = folder / "keys", folder / "presets.yaml"
     keys.write_text(KEY)
     presets.write_text(yaml.safe_dump({quality: {"words": words} for quality, words in PRESETS.items()}))
+    source = str(folder / "clip")
+    tiny_networks.clip_folder(folder / "clip", image_size=28)
     models = {**tiny_models, "tuned": tiny_models["tiny"], "latents": latent_model.model}
     never = {"min_replicas": 0, "max_replicas": 1, "initial_replicas": 0}
     settings = AppSettings.model_validate(
@@ -110,6 +117,7 @@ def served(
                     "timeout_s": 0.2,
                     "attempts": 2,
                 },
+                {"name": "pickscore", **SMALL, "ray_actor_options": OWN_ENVIRONMENT, "weights": {"source": source}},
                 {"name": "class_mixture", **SMALL, "autoscaling_config": {**never, **IMPATIENT}, "timeout_s": 60},
             ],
         }
@@ -119,7 +127,7 @@ def served(
         openai.OpenAI(base_url=f"{serve_url}/v1", api_key=KEY, max_retries=0, timeout=120) as client,
         httpx.Client(base_url=serve_url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120) as http,
     ):
-        yield Served(serve_url, client, http, models, str(presets))
+        yield Served(serve_url, client, http, models, str(presets), source)
 
 
 def pixels(text: str) -> torch.Tensor:
@@ -324,6 +332,35 @@ def test_scores_of_rewards_in_either_place(served: Served, name: str) -> None:
     reward = RewardSource(card).build(name, defaults(name, card))
     expected = reward(torch.stack([pixels(text) for text in texts]))
     assert answer["scores"] == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_prompts_steer_and_score_and_requests_with_different_ones_do_not_meet(served: Served) -> None:
+    """A free prompt that the model itself cannot read goes to the reward; every image is that of the library."""
+    prompts = ["a photo of a tabby cat", "a dog"]
+    steering = {"rewards": [{"name": "pickscore", "weight": 5.0}], "num_steps": 4, "num_draws": 2}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked = [pool.submit(served.generate, prompt=prompt, n=2, seed=3, steering=steering) for prompt in prompts]
+    images = []
+    for prompt, answer in zip(prompts, (one.result() for one in asked), strict=True):
+        own = mfm.rewards.PickScore(prompt=prompt, source=served.clip)
+        expected = mfm.sample(
+            mfm.load_flow_map(served.models["tiny"]),
+            num_samples=2,
+            steering=mfm.GradientGuidance(mfm.rewards.WeightedSum(rewards=[own], weights=[5.0]), num_draws=2),
+            num_steps=4,
+            seed=3,
+        )
+        images.append([shown["b64_json"] for shown in answer["data"]])
+        assert images[-1] == as_served(expected.images)
+        assert answer["steering"]["rewards"][0]["params"] == {"prompt": prompt, "threshold": None}
+        assert [shown["reward"] for shown in answer["data"]] == expected.rewards.tolist()
+        scored = served.http.post(
+            "/v1/rewards/pickscore/score", json={"images": images[-1], "model": "tiny", "prompt": prompt}
+        ).json()
+        seen = own(torch.stack([pixels(text) for text in images[-1]]))
+        assert scored["scores"] == pytest.approx(seen.tolist(), rel=1e-6)
+    assert images[0] != images[1]
+    assert "pickscore" in [reward["id"] for reward in served.http.get("/v1/rewards").json()["data"]]
 
 
 def test_refusals_reach_the_client_as_openais_errors(served: Served) -> None:
