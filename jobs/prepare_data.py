@@ -1,13 +1,15 @@
-"""Writes a data set as Parquet shards with a manifest that vouches for every byte; needs no cluster.
+"""Writes a data set as shards with a manifest that vouches for every byte; only images need a cluster.
 
 python -m jobs.prepare_data data=digits
 python -m jobs.prepare_data data=mnist source=/data/mnist-idx output=/data/mnist
+python -m jobs.prepare_data data=images source=/data/imagenet/train autoencoder=/models/sd-vae output=/data/latents
 ray job submit --working-dir . -- python -m jobs.prepare_data data=gmm storage=/shared/runs output=/shared/gmm
 """
 
 import os
 
 from jobs.contract import JobRun, Outcome, run_job
+from jobs.encode_images import check_images, encode_images, has_unfinished, refuse_own_keys
 from jobs.run_folder import is_submitted
 from mfm_ray.config import PrepareDataConfig
 from mfm_ray.data.datasets import Dataset, digits, gmm, mnist
@@ -17,6 +19,7 @@ from mfm_ray.storage import Storage
 
 BUNDLED = ("digits", "gmm")
 FROM_FILES = ("mnist",)
+ENCODED = "images"
 
 
 def make_dataset(name: str, *, source: str | None = None, seed: int = 0) -> Dataset:
@@ -30,7 +33,7 @@ def make_dataset(name: str, *, source: str | None = None, seed: int = 0) -> Data
             raise InputError(f"source={source}: {name} is bundled data, expected null")
         return digits() if name == "digits" else gmm(seed=seed)
     if name not in FROM_FILES:
-        raise InputError(f"data.name={name}: expected one of {', '.join(BUNDLED + FROM_FILES)}")
+        raise InputError(f"data.name={name}: expected one of {', '.join((*BUNDLED, *FROM_FILES, ENCODED))}")
     if source is None:
         raise InputError(f"source=null: expected the folder with the files of {name}")
     return mnist(source)
@@ -51,7 +54,11 @@ def output_of(config: PrepareDataConfig) -> Storage:
 def check(config: PrepareDataConfig) -> None:
     """The output is free, or prepared data that this call may verify or replace."""
     output = output_of(config)
-    if output.exists() and (not output.is_dir() or output.listdir()):
+    encodes = config.data.name == ENCODED
+    if encodes and has_unfinished(output):
+        if not (config.resume or config.overwrite):
+            raise InputError(f"output={output}: is not finished; resume=true goes on, overwrite=true begins anew")
+    elif output.exists() and (not output.is_dir() or output.listdir()):
         present = _name_of(output)
         if present is None:
             raise InputError(f"output={output}: holds something other than prepared data; choose another folder")
@@ -59,6 +66,10 @@ def check(config: PrepareDataConfig) -> None:
             raise InputError(f"output={output}: exists; resume=true verifies it, overwrite=true replaces it")
         if config.resume and present != config.data.name:
             raise InputError(f"output={output}: holds {present}, expected {config.data.name}")
+    if encodes:
+        check_images(config, output)
+        return
+    refuse_own_keys(config)
     if not config.resume:
         make_dataset(config.data.name, source=config.source, seed=config.seed)
 
@@ -66,6 +77,8 @@ def check(config: PrepareDataConfig) -> None:
 def body(run: JobRun) -> Outcome:
     config: PrepareDataConfig = run.config
     output = output_of(config)
+    if config.data.name == ENCODED:
+        return encode_images(run, output)
     if config.resume and output.exists("manifest.json"):
         manifest = verify_shards(output)
         run.log(f"{output} is complete and unaltered")

@@ -196,13 +196,6 @@ class FinetuneConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareDataConfig(JobConfig):
-    data: DataConfig = setting("data to prepare")
-    source: str | None = setting("folder of the raw files; null for bundled data")
-    output: str | None = setting("folder or URI of the shards; null: data.path, or data/<name>")
-
-
-@dataclass(frozen=True, kw_only=True)
 class OfficialConfig:
     """What the shapes of bare weights do not say."""
 
@@ -236,6 +229,30 @@ class SampleScalingConfig:
     resources_per_worker: dict[str, float] = setting("Ray resources of one worker; one thread a CPU", minimum=0)
     start_timeout_s: float = setting("seconds in which the first worker must be ready", above=0)
     max_failures: int = setting("how often a shard whose worker was lost is given to another one", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareDataConfig(JobConfig):
+    data: DataConfig = setting("data to prepare")
+    source: str | None = setting("folder of the raw files; null for bundled data")
+    output: str | None = setting("folder or URI of the shards; null: data.path, or data/<name>")
+    source_kind: str = setting(
+        "images: what the source holds; auto: by its files", choices=("auto", "folder", "parquet", "webdataset")
+    )
+    labels: str | None = setting("images: CSV file with file_name,label; null: the source's own labels")
+    image_column: str | None = setting("images: column of Parquet files; null: found by name and type")
+    label_column: str | None = setting("images: column of Parquet files; null: found by name")
+    autoencoder: str | None = setting("images: folder of a diffusers AutoencoderKL, or hf://owner/name")
+    image_size: int = setting("images: side of the central square that is encoded", minimum=1, maximum=4096)
+    interpolation: str = setting("images: filter of the resize", choices=("bilinear", "bicubic", "lanczos"))
+    row_form: str = setting(
+        "images: what is stored beside the mean of a latent", choices=("mean_log_variance", "mean_std")
+    )
+    dtype: str = setting("images: stored numbers", choices=("float16", "float32"))
+    heldout_share: float = setting("images: share that is held out, by a hash of the name", minimum=0, maximum=0.5)
+    batch_size: int = setting("images: that are encoded at once", minimum=1)
+    shard_size: int = setting("images: of one part, which is made and resumed as a whole", minimum=1)
+    scaling: SampleScalingConfig = setting("images: workers and their resources")
 
 
 @dataclass(frozen=True, kw_only=True)

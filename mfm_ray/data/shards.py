@@ -8,7 +8,10 @@ column `label`: int64, -1 for none), `moments.safetensors` (of the train split, 
      "moments": {"name", "sha256"}}
 
 `row_form` says what a row is, a sample when it is left out; posteriors of latents have twice the channels.
-Any Parquet reader understands the shards. Whatever is damaged is refused with one line that names the file.
+Encoded images (`jobs.prepare_data data=images`) lie in `.arrow` files of the same columns and a third, `key`, with
+`dtype` float16 or float32; they have no moments (null), but an entry `autoencoder`. They are mapped into memory, not
+read (`open_split`). Any Arrow reader understands the shards. Whatever is damaged is refused with one line that
+names the file.
 """
 
 import hashlib
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from mfm_ray.data.datasets import Dataset, Split
 from mfm_ray.data.latents import check_row_form, mean_and_std, row_shape
+from mfm_ray.data.mapped import ARROW, DTYPES, MappedRows, arrow_schema, local_shard, map_shard, read_arrow
 from mfm_ray.data.moments import Moments, data_moments
 from mfm_ray.data_space import DataSpace
 from mfm_ray.errors import InputError
@@ -36,7 +40,7 @@ from mfm_ray.storage import Storage
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MOMENTS = "moments.safetensors"
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.parquet")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_]+-\d{5}-of-\d{5}\.(parquet|arrow)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -55,11 +59,16 @@ class Manifest:
     space: DataSpace
     class_names: tuple[str, ...]
     files: Mapping[str, tuple[ShardFile, ...]]
-    moments_sha256: str
+    moments_sha256: str | None
+    """None for encoded images, which come without moments."""
     sha256: str
     """Hash of manifest.json, and so of everything it vouches for: two data sets are the same when it is."""
     row_form: str = "sample"
     """What a row is, see `Dataset`."""
+    dtype: str = "float32"
+    """Of the stored numbers; what is read is float32."""
+    autoencoder: Mapping[str, Any] | None = None
+    """Of encoded images: source, fingerprint, image_size."""
 
     @property
     def num_classes(self) -> int:
@@ -79,7 +88,8 @@ class Manifest:
     def description(self) -> dict[str, Any]:
         """The `data` entry of a model's config.json."""
         names = list(self.class_names)
-        return {"name": self.name, **self.space.config(), "num_classes": self.num_classes, "class_names": names}
+        described = {"name": self.name, **self.space.config(), "num_classes": self.num_classes, "class_names": names}
+        return described if self.autoencoder is None else {**described, "autoencoder": dict(self.autoencoder)}
 
 
 def write_shards(target: str | Path | Storage, dataset: Dataset, *, rows_per_file: int = 8_192) -> Manifest:
@@ -136,10 +146,45 @@ def load_split(source: str | Path | Storage, split: str) -> Split:
     return Split(torch.cat([part.data for part in parts]), torch.cat([part.labels for part in parts]))
 
 
-def load_moments(source: str | Path | Storage) -> Moments:
-    """Moments of the train split in model space."""
+@dataclass(frozen=True)
+class OpenSplit:
+    """A split for random reading. data: rows (N, *row), a tensor or mapped into memory. labels: as in `Split`."""
+
+    data: Tensor | MappedRows
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_split(source: str | Path | Storage, split: str) -> OpenSplit:
+    """A split to take rows from: Parquet shards are read and checked whole, Arrow shards mapped.
+
+    Of mapped shards schema and numbers of rows are checked, not the hashes: `verify_shards` reads every byte. Shards
+    that are not on this machine are copied to its cache first, and their hashes checked there.
+    """
     storage = Storage(source)
     manifest = read_manifest(storage)
+    manifest.rows(split)
+    files = manifest.files[split]
+    if not all(file.name.endswith(ARROW) for file in files):
+        loaded = load_split(storage, split)
+        return OpenSplit(loaded.data, loaded.labels)
+    parts = []
+    for file in files:
+        table = map_shard(local_shard(storage, file.name, file.sha256, cache=manifest.sha256))
+        _check_table(table, file, manifest, storage.uri_of(file.name))
+        parts.append(table)
+    labels = torch.cat([torch.tensor(part["label"].to_numpy()) for part in parts])
+    return OpenSplit(MappedRows([part["data"] for part in parts]), labels)
+
+
+def load_moments(source: str | Path | Storage) -> Moments | None:
+    """Moments of the train split in model space, None where the data has none (encoded images)."""
+    storage = Storage(source)
+    manifest = read_manifest(storage)
+    if manifest.moments_sha256 is None:
+        return None
     content = _read_hashed(storage, MOMENTS, manifest.moments_sha256)
     try:
         tensors = safetensors.torch.load(content)
@@ -155,8 +200,9 @@ def load_moments(source: str | Path | Storage) -> Moments:
 def verify_shards(source: str | Path | Storage) -> Manifest:
     """Reads and checks everything; the manifest when all is well, else an InputError naming the first bad file."""
     manifest = read_manifest(source)
-    for split in manifest.files:
-        load_split(source, split)
+    for files in manifest.files.values():
+        for file in files:
+            _read_shard(Storage(source), file, manifest)
     load_moments(source)
     return manifest
 
@@ -252,19 +298,36 @@ def _parse_manifest(raw: Mapping[str, Any], digest: str) -> Manifest:
         space=space,
         class_names=class_names,
         files=files,
-        moments_sha256=str(raw["moments"]["sha256"]),
+        moments_sha256=None if raw["moments"] is None else str(raw["moments"]["sha256"]),
         sha256=digest,
         row_form=row_form,
+        dtype=_checked_dtype(raw),
+        autoencoder=_checked_autoencoder(raw),
     )
+
+
+def _checked_dtype(raw: Mapping[str, Any]) -> str:
+    dtype = str(raw.get("dtype", "float32"))
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}, expected {' or '.join(DTYPES)}")
+    return dtype
+
+
+def _checked_autoencoder(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    entry = raw.get("autoencoder")
+    if entry is None:
+        return None
+    return {name: kind(entry[name]) for name, kind in {"source": str, "fingerprint": str, "image_size": int}.items()}
 
 
 def _check_file_names(storage: Storage, manifest: Manifest) -> None:
     """Every shard is there, and no shard is there that the manifest does not know (other readers would take it)."""
     known = {file.name for shards in manifest.files.values() for file in shards}
     present = set(storage.listdir())
-    for name in sorted({*known, MOMENTS} - present):
+    needed = known if manifest.moments_sha256 is None else {*known, MOMENTS}
+    for name in sorted(needed - present):
         raise InputError(f"{storage.uri_of(name)} is missing, {MANIFEST} names it")
-    for name in sorted(name for name in present - known if name.endswith(".parquet")):
+    for name in sorted(name for name in present - known if name.endswith((".parquet", ARROW))):
         raise InputError(f"{storage.uri_of(name)} is a foreign file, {MANIFEST} does not name it")
 
 
@@ -278,19 +341,26 @@ def _read_hashed(storage: Storage, name: str, sha256: str) -> bytes:
 def _read_shard(storage: Storage, file: ShardFile, manifest: Manifest) -> Split:
     where = storage.uri_of(file.name)
     content = _read_hashed(storage, file.name, file.sha256)
+    is_arrow = file.name.endswith(ARROW)
     try:
-        table = pq.read_table(pa.BufferReader(content))
+        table = read_arrow(content) if is_arrow else pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    expected = _schema(manifest.row_shape)
+        kind = "an Arrow" if is_arrow else "a Parquet"
+        raise InputError(f"{where} is not {kind} file: {str(error).splitlines()[0]}") from error
+    _check_table(table, file, manifest, where)
+    data = table["data"].combine_chunks().to_numpy_ndarray()
+    split = Split(torch.tensor(data, dtype=torch.float32), torch.tensor(table["label"].to_numpy()))
+    _check_values(split, manifest.space, manifest.row_form, manifest.num_classes, where=where)
+    return split
+
+
+def _check_table(table: pa.Table, file: ShardFile, manifest: Manifest, where: str) -> None:
+    is_arrow = file.name.endswith(ARROW)
+    expected = arrow_schema(manifest.row_shape, manifest.dtype) if is_arrow else _schema(manifest.row_shape)
     if table.schema.names != expected.names or table.schema.types != expected.types:
         raise InputError(f"{where} has columns {_columns(table.schema)}, expected {_columns(expected)}")
     if table.num_rows != file.rows or any(column.null_count for column in table.columns):
         raise InputError(f"{where} has {table.num_rows} rows (or empty cells), {MANIFEST} says {file.rows}")
-    data = table["data"].combine_chunks().to_numpy_ndarray()
-    split = Split(torch.tensor(data), torch.tensor(table["label"].to_numpy()))
-    _check_values(split, manifest.space, manifest.row_form, manifest.num_classes, where=where)
-    return split
 
 
 def _columns(schema: pa.Schema) -> str:

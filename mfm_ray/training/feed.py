@@ -12,9 +12,10 @@ from mfm_ray.config import TrainingConfig
 from mfm_ray.data.augment import AffineJitter
 from mfm_ray.data.batch import Batch
 from mfm_ray.data.latents import draw
+from mfm_ray.data.mapped import MappedRows
 from mfm_ray.data.order import SampleOrder
 from mfm_ray.data.prefetch import Prefetcher
-from mfm_ray.data.shards import load_split, read_manifest
+from mfm_ray.data.shards import open_split, read_manifest
 from mfm_ray.data_space import DataSpace
 from mfm_ray.noise import KeyedNoise
 from mfm_ray.storage import Storage
@@ -25,9 +26,9 @@ MicroBatch = tuple[Batch, KeyedNoise]
 
 @dataclass
 class TrainingData:
-    """The training split in memory, in data units, and this worker's way through it."""
+    """The training split in data units, in memory or mapped into it, and this worker's way through it."""
 
-    x: Tensor
+    x: Tensor | MappedRows
     row_form: str
     space: DataSpace
     jitter: AffineJitter
@@ -50,7 +51,7 @@ class TrainingData:
         rank: int,
         device: torch.device,
     ) -> TrainingData:
-        rows, manifest = load_split(source, "train"), read_manifest(source)
+        rows, manifest = open_split(source, "train"), read_manifest(source)
         return cls(
             x=rows.data,
             row_form=manifest.row_form,

@@ -124,6 +124,9 @@ def check_images(config: TrainConfig, data: Manifest) -> None:
     }.items():
         if value > 0 and data.space.kind != "image":
             raise InputError(f"{key}={value}: {data.name} holds no images, expected 0")
+    name = config.network.get("name")
+    if data.moments_sha256 is None and name != "dit":
+        raise InputError(f"network.name={name}: {data.name} was prepared without moments, which it needs; expected dit")
 
 
 def worker_range(config: TrainingConfig) -> range:

@@ -91,11 +91,12 @@ class PretrainingWork(Work):
 def build_flow_map(plan: Plan, config: TrainConfig, space: DataSpace | None = None) -> FlowMap:
     """The network at initialisation, the same on every rank. space: that of the data, in which latents may be decoded;
     None: as the data have it."""
-    manifest, moments = read_manifest(plan.source), load_moments(plan.source)
+    manifest, found = read_manifest(plan.source), load_moments(plan.source)
+    moments = None if found is None else found.preconditioning()
     torch.manual_seed(config.seed)
     return build_network(
         config.network,
         space=space or manifest.space,
         num_classes=manifest.num_classes,
-        moments=moments.preconditioning(),
+        moments=moments,
     )

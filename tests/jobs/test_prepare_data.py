@@ -73,7 +73,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         (["data=digits", "source=/x"], "source=/x: digits is bundled data"),
         (["data=mnist"], "source=null: expected the folder"),
         (["data=mnist", "source=/nowhere"], "source=/nowhere does not exist"),
-        (["data.name=cifar"], "data.name=cifar: expected one of digits, gmm, mnist"),
+        (["data.name=cifar"], "data.name=cifar: expected one of digits, gmm, mnist, images"),
     ],
 )
 def test_source_fits_the_data(tmp_path: Path, words: list[str], message: str) -> None:

@@ -1,0 +1,101 @@
+"""jobs.prepare_data data=images, in this process: what an interruption costs, and what is stored in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import jobs.encode_images
+from jobs.contract import JobRun
+from jobs.prepare_data import body, check
+from mfm_ray.config import load_config
+from mfm_ray.data.shards import load_split, open_split, verify_shards
+from mfm_ray.errors import InputError
+from mfm_ray.storage import Storage
+from tests.conftest import save_tiny_autoencoder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny autoencoder, 40 images in 3 class folders, and one file that is no image."""
+    from PIL import Image
+
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    save_tiny_autoencoder(folder / "vae")
+    for number in range(40):
+        path = folder / f"source/class{number % 3}/{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (20 + number % 5, 17, 3), dtype=np.uint8)).save(path)
+    (folder / "source/class0/bad.jpg").write_bytes(b"no image")
+    return folder
+
+
+def run(place: Path, output: Path, *words: str) -> dict[str, float]:
+    fixed = ["image_size=16", "batch_size=4", "shard_size=10", "scaling.num_workers=0", "heldout_share=0.1"]
+    named = [f"source={place}/source", f"autoencoder={place}/vae", f"output={output}"]
+    config: Any = load_config("prepare_data", ["data=images", *named, *fixed, *words])
+    check(config)
+    return body(JobRun(config=config, storage=Storage(output.parent / "run"), log=lambda line: None)).metrics
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = run(place, tmp_path / "whole")
+    assert metrics["images"] == 41 and metrics["damaged"] == 1
+    encode, made = jobs.encode_images.encode_part, []
+
+    def dies_at_the_third(part: int, *args: Any, **kwargs: Any) -> Any:
+        made.append(part)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return encode(part, *args, **kwargs)
+
+    monkeypatch.setattr(jobs.encode_images, "encode_part", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "again")
+    with pytest.raises(InputError, match="is not finished; resume=true goes on"):
+        run(place, tmp_path / "again")
+    with pytest.raises(InputError, match="dtype=float32.*was begun with float16"):
+        run(place, tmp_path / "again", "resume=true", "dtype=float32")
+    (tmp_path / "again/train-00001-of-00005.arrow").write_bytes(b"cut")
+    run(place, tmp_path / "again", "resume=true")
+    assert made[3:] == [1, 2, 3, 4]
+    assert content(tmp_path / "again") == content(tmp_path / "whole")
+    assert b"class0/bad.jpg" in content(tmp_path / "whole")["damaged.jsonl"]
+
+
+def test_mapped_rows_are_those_that_a_whole_reading_gives(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "out")
+    described = verify_shards(tmp_path / "out").description()
+    assert described["kind"] == "latent" and described["event_shape"] == [4, 8, 8]
+    assert described["class_names"] == ["class0", "class1", "class2"]
+    assert described["autoencoder"]["source"] == str(place / "vae")
+    assert described["autoencoder"]["image_size"] == 16
+    mapped, loaded = open_split(tmp_path / "out", "train"), load_split(tmp_path / "out", "train")
+    index = torch.randperm(len(mapped), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mapped.data[index], loaded.data[index])
+    assert torch.equal(mapped.labels, loaded.labels)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["image_size=15"], "image_size=15: expected a multiple of 2"),
+        (["source=/nowhere"], "source=/nowhere does not exist"),
+        (["autoencoder=/nowhere"], "autoencoder=/nowhere does not exist"),
+        (["autoencoder=null"], "autoencoder=null: expected the folder"),
+        (["data=digits", "source=null", "autoencoder=null"], "image_size=16: digits is not encoded"),
+    ],
+)
+def test_bad_input_is_one_line(place: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(place, tmp_path / "out", *words)
