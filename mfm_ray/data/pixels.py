@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is opened at all: PIL knows formats that start other programs."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is opened at all: PIL knows formats that start other programs. (A JPEG of several pictures, MPO, is a JPEG.)"""
 MOST_PIXELS = 89_478_485
 """PIL's own threshold for a decompression bomb; also the most that an image may have after its resize."""
 
@@ -51,6 +51,7 @@ def read_pixels(content: bytes, image_size: int, *, interpolation: str = "biline
 
     if not content:
         raise DamagedImage("empty file")
+    Image.init()  # PIL knows the most common formats alone before it
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             _check_size(*opened.size, image_size)
