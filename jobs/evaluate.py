@@ -26,7 +26,8 @@ def check(config: EvaluateConfig) -> None:
     if not evaluator(protocol.name).in_pieces:
         check_scaling(config)
     if not needs_model(protocol):
-        _check_nothing_trained(config)
+        exact = getattr(protocol, "exact", False)
+        _check_nothing_trained(config, "protocol.exact=true" if exact else f"protocol={protocol.name}")
         if isinstance(protocol, ImagenetFinetuningProtocol):
             evaluator(protocol.name).evaluate(protocol, None)  # reads the runs
         return
@@ -46,11 +47,11 @@ def check(config: EvaluateConfig) -> None:
     evaluator(protocol.name).load(protocol, model_place(config.model), data, config.seed)
 
 
-def _check_nothing_trained(config: EvaluateConfig) -> None:
+def _check_nothing_trained(config: EvaluateConfig, cause: str) -> None:
     """For a protocol without a model: no settings of one."""
     for key in ("model", "data_path", "training"):
         if getattr(config, key):
-            raise InputError(f"{key}: this protocol trains and loads no model; leave it out")
+            raise InputError(f"{key}: nothing is trained or loaded with {cause}; leave one of them out")
 
 
 def body(run: JobRun) -> Outcome:
