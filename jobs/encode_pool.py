@@ -121,29 +121,52 @@ def encode_on_ray(
     dataset = _dataset(parts, entries_of, settings, output, tally, workers)
     threading.Thread(target=_iterate, args=(dataset, results, given_up), name="ray-data", daemon=True).start()
     log(f"encoding {len(parts)} parts with {workers.num} workers, {workers.resources} each")
-    left, began, ready = set(parts), time.monotonic(), False
+    left, watch = set(parts), _Watch(tally, workers, progress, log)
     try:
         while left:
             record = _next_record(results)
             if record is not None and record.part in left:  # a part that was made twice counts once
                 left.remove(record.part)
                 keep(record)
-            if record is not None:
-                continue
-            seen = ray.get(tally.seen.remote())
-            if seen.workers and not ready:
-                ready = True
-                progress.restart()
-                log(f"the first worker is ready after {time.monotonic() - began:.0f} s")
-            elif not ready and time.monotonic() - began > workers.start_timeout_s:
-                raise InputError(_no_worker(workers))
-            if (lost := [part for part in sorted(left) if seen.begun.get(part, 0) > workers.max_failures + 1]) != []:
-                raise LostWorkersError(_lost(lost[0], workers))
-            if ready and progress.is_due:
-                progress.tell(sum(number for part, number in seen.done.items() if part in left), workers.num)
+            if watch.is_due:
+                watch.look(left)
     finally:
         given_up.set()
         ray.kill(tally)
+
+
+class _Watch:
+    """What the driver learns from the tally, about twice a second, and says of it."""
+
+    def __init__(self, tally: Any, workers: Workers, progress: Progress, log: Log) -> None:
+        self._tally, self._workers, self._progress, self._log = tally, workers, progress, log
+        self._began = self._looked = time.monotonic()
+        self._known = 0
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._looked >= _POLL_S
+
+    def look(self, left: set[int]) -> None:
+        """left: parts that are not finished."""
+        import ray
+
+        seen: Seen = ray.get(self._tally.seen.remote())
+        self._looked = time.monotonic()
+        waited = self._looked - self._began
+        if seen.workers and not self._known:
+            self._progress.restart()
+            self._log(f"the first worker is ready after {waited:.0f} s")
+        elif not seen.workers and waited > self._workers.start_timeout_s:
+            raise InputError(_no_worker(self._workers))
+        if (lost := len(seen.workers) - self._workers.num) > max(0, self._known - self._workers.num):
+            self._log(f"{lost} workers were lost so far, others took their places")
+        self._known = len(seen.workers)
+        for part in sorted(left):
+            if seen.begun.get(part, 0) > self._workers.max_failures + 1:
+                raise LostWorkersError(_lost(part, self._workers))
+        if self._known and self._progress.is_due:
+            self._progress.tell(sum(number for part, number in seen.done.items() if part in left), self._workers.num)
 
 
 def _next_record(results: queue.Queue[Any]) -> PartRecord | None:

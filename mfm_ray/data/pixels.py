@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is opened at all: PIL knows formats that start other programs."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is opened at all: PIL knows formats that start other programs. JPEG includes a camera's MPO, which has no opener
+of its own: naming it here is a KeyError for whatever is no JPEG."""
 MOST_PIXELS = 89_478_485
 """PIL's own threshold for a decompression bomb; also the most that an image may have after its resize."""
 
