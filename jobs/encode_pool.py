@@ -204,8 +204,9 @@ def _dataset(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    if _EndsWhenGivenUp not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(_EndsWhenGivenUp)
+    callbacks: list[Any] = context.custom_execution_callback_classes
+    if _EndsWhenGivenUp not in callbacks:
+        callbacks.append(_EndsWhenGivenUp)
     rows = [{"part": part, "entries": _packed(entries_of(part))} for part in parts]
     resources = dict(workers.resources)
     cpus, gpus = resources.pop("CPU", 0.0), resources.pop("GPU", 0.0)
