@@ -57,18 +57,27 @@ class Seen:
 
 
 class PartEncoder:
-    """What an actor of the pool holds: the autoencoder, read once. threads: that decode images."""
+    """What an actor of the pool holds: the autoencoder, read once. threads: that decode images.
+
+    A refusal is returned by the call, not raised: then it comes to the user in its own words.
+    """
 
     def __init__(self, settings: EncodingSettings, output: Storage, device: str, threads: int, tally: Any) -> None:
         import torch
 
         self._settings, self._output, self._threads, self._tally = settings, output, threads, tally
         self._device = torch.device(device)
-        self._autoencoder = load_same_autoencoder(settings).to(self._device)
+        self._refusal: InputError | None = None
+        try:
+            self._autoencoder = load_same_autoencoder(settings).to(self._device)
+        except InputError as refusal:
+            self._refusal = refusal
         tally.join.remote(os.uname().nodename, os.getpid())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """The record of one part; a refusal is returned, because the next worker would say the same."""
+        """The record of one part, or why there is none."""
+        if self._refusal is not None:
+            return _refused(self._refusal)
         part = int(batch["part"][0])
         entries = pa.ipc.open_stream(batch["entries"][0]).read_all().to_pylist()
         self._tally.begin.remote(part)
@@ -84,8 +93,12 @@ class PartEncoder:
                 note=lambda done: self._tally.note.remote(part, done),
             )
         except (InputError, StorageError) as refusal:
-            return {"record": [None], "refusal": [str(refusal)], "by_storage": [isinstance(refusal, StorageError)]}
+            return _refused(refusal)
         return {"record": [asdict(record)], "refusal": [None], "by_storage": [None]}
+
+
+def _refused(refusal: InputError | StorageError) -> dict[str, list[Any]]:
+    return {"record": [None], "refusal": [str(refusal)], "by_storage": [isinstance(refusal, StorageError)]}
 
 
 def load_same_autoencoder(settings: EncodingSettings) -> Any:

@@ -139,6 +139,12 @@ def test_a_worker_that_refuses_ends_the_job_in_one_line(ray_session: None, place
             body(JobRun(config=checked, storage=Storage(tmp_path / "run"), log=lambda line: None))
     finally:
         missing.write_bytes(image)
+    (place / "vae").rename(place / "elsewhere")
+    try:
+        with pytest.raises(InputError, match="autoencoder=.* does not exist"):
+            body(JobRun(config=checked, storage=Storage(tmp_path / "run"), log=lambda line: None))
+    finally:
+        (place / "elsewhere").rename(place / "vae")
     with pytest.raises(InputError, match="no worker .* is ready; the cluster has room for 0"):
         run(
             place,
