@@ -7,6 +7,7 @@ each part in `records/`. At the end it holds `manifest.json`, the shards and `da
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from jobs.sample_maker import Log, Progress
 from jobs.sample_pool import choose_workers
 from mfm_ray.config import PrepareDataConfig, load_config, to_dict
 from mfm_ray.data.encoding import EncodingSettings, PartRecord, encode_part, record_name
-from mfm_ray.data.image_sources import ImageIndex, index_images
+from mfm_ray.data.image_sources import ImageIndex, index_images, open_source
 from mfm_ray.data.mapped import arrow_schema
 from mfm_ray.data.pixels import check_pillow
 from mfm_ray.data.shards import MANIFEST, SCHEMA_VERSION, Manifest, read_manifest, verify_shards
@@ -45,6 +46,7 @@ _OWN_KEYS = (
     "heldout_share",
     "batch_size",
     "shard_size",
+    "encoder_threads",
     "scaling",
 )
 
@@ -56,6 +58,14 @@ class Work:
     index: ImageIndex
     settings: EncodingSettings
     space: DataSpace
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.index.images["key"].to_pylist())}
+
+    def part_of(self, key: str) -> int:
+        """The part that an image belongs to."""
+        return self._rows[key] // self.settings.shard_size
 
 
 def refuse_own_keys(config: PrepareDataConfig) -> None:
@@ -101,7 +111,16 @@ def work_of(config: PrepareDataConfig) -> Work:
     )
 
 
-_DECIDING = ("image_size", "interpolation", "row_form", "dtype", "heldout_share", "batch_size", "shard_size")
+_DECIDING = (
+    "image_size",
+    "interpolation",
+    "row_form",
+    "dtype",
+    "heldout_share",
+    "batch_size",
+    "shard_size",
+    "encoder_threads",
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,10 +135,12 @@ def _work(
 ) -> Work:
     from mfm_ray.autoencoder import load_autoencoder
 
-    place, values = Storage(source), dict(deciding)
+    values, (place, only) = dict(deciding), open_source(source)
     found = load_autoencoder(autoencoder)
     shape = found.latent_shape(values["image_size"])
-    index = index_images(place, kind=kind, labels=labels, image_column=image_column, label_column=label_column)
+    index = index_images(
+        place, only=only, kind=kind, labels=labels, image_column=image_column, label_column=label_column
+    )
     settings = EncodingSettings(
         source=source,
         kind=index.kind,
@@ -139,9 +160,14 @@ def encode_images(run: JobRun, output: Storage) -> Outcome:
     work = work_of(config)
     settings = work.settings
     if config.resume and output.exists(MANIFEST):
-        manifest = verify_shards(output)
-        run.log(f"{output} is complete and unaltered")
-        return _outcome(manifest, output)
+        try:
+            manifest = verify_shards(output)
+            _check_damaged(output)
+            run.log(f"{output} is complete and unaltered")
+            return _outcome(manifest, output)
+        except InputError as damage:
+            run.log(f"{damage}; what it belongs to is made again")
+            reopen(work, output)
     if config.overwrite:
         output.delete()
     output.write_json(PLAN, asdict(settings))
@@ -199,7 +225,7 @@ def _encode_here(
         raise InputError("scaling.use_gpu=true: this machine has no CUDA device; expected false or null")
     on_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     device = torch.device("cuda" if on_gpu else "cpu")
-    autoencoder = load_same_autoencoder(settings).to(device)
+    autoencoder, threads = load_same_autoencoder(settings).to(device), len(os.sched_getaffinity(0))
     progress.restart()
 
     def tell(done: int) -> None:
@@ -208,13 +234,11 @@ def _encode_here(
 
     for part in missing:
         entries = entries_of(part).to_pylist()
-        keep(encode_part(part, entries, autoencoder, settings, output, device=device, note=tell))
+        keep(encode_part(part, entries, autoencoder, settings, output, device=device, threads=threads, note=tell))
 
 
 def finished_parts(output: Storage, settings: EncodingSettings) -> dict[int, PartRecord]:
     """Records of parts whose shards are there, byte for byte."""
-    import hashlib
-
     found = {}
     for part in range(settings.num_parts):
         if not output.is_file(record_name(part)):
@@ -247,7 +271,8 @@ def finish(work: Work, records: Mapping[int, PartRecord], output: Storage) -> Ma
         raise InputError(f"source={settings.source}: no image is left to train on, {len(damaged)} are damaged{why}")
     shape = (2 * work.space.event_shape[0], *work.space.event_shape[1:])
     columns = {field.name: str(field.type) for field in arrow_schema(shape, settings.dtype)}
-    output.write_bytes(DAMAGED, "".join(f"{json.dumps(line)}\n" for line in damaged).encode())
+    listed = "".join(f"{json.dumps(line)}\n" for line in damaged).encode()
+    output.write_bytes(DAMAGED, listed)
     output.write_json(
         MANIFEST,
         {
@@ -265,7 +290,7 @@ def finish(work: Work, records: Mapping[int, PartRecord], output: Storage) -> Ma
                 "image_size": settings.image_size,
             },
             "preparation": asdict(settings),
-            "damaged": {"name": DAMAGED, "images": len(damaged)},
+            "damaged": {"name": DAMAGED, "images": len(damaged), "sha256": hashlib.sha256(listed).hexdigest()},
             "splits": splits,
             "moments": None,
         },
@@ -273,6 +298,42 @@ def finish(work: Work, records: Mapping[int, PartRecord], output: Storage) -> Ma
     output.delete("records")
     output.delete(PLAN)
     return read_manifest(output)
+
+
+def reopen(work: Work, output: Storage) -> None:
+    """A finished output becomes an unfinished one again: a record of each part of which everything is there.
+
+    Its manifest goes last, so that an interruption leaves either the one or the other.
+    """
+    settings, raw = work.settings, output.read_json(MANIFEST)
+    files: dict[int, dict[str, Any]] = {part: {} for part in range(settings.num_parts)}
+    for split, entry in raw["splits"].items():
+        for file in entry["files"]:
+            files[int(file["name"].split("-")[1])][split] = file
+    damaged: dict[int, list[dict[str, str]]] = {part: [] for part in files}
+    for line in _listed_damage(output, raw["damaged"]):
+        damaged[work.part_of(line["image"])].append(line)
+    output.write_json(PLAN, asdict(settings))
+    for part in files:
+        record = PartRecord(part=part, settings=settings.sha256(), files=files[part], damaged=damaged[part])
+        where = settings.part(part)
+        if record.images == where.stop - where.start:  # else the list of damaged images is not what it was
+            output.write_json(record_name(part), asdict(record))
+    output.delete(MANIFEST)
+
+
+def _check_damaged(output: Storage) -> None:
+    entry = output.read_json(MANIFEST)["damaged"]
+    if entry["images"] != len(_listed_damage(output, entry)):
+        raise InputError(f"{output.uri_of(DAMAGED)} is missing or was altered")
+
+
+def _listed_damage(output: Storage, entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The lines of `damaged.jsonl`; none where it is not what the manifest vouches for."""
+    content = output.read_bytes(DAMAGED) if output.is_file(DAMAGED) else b""
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        return []
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def _outcome(manifest: Manifest, output: Storage, *, images_per_second: float | None = None) -> Outcome:

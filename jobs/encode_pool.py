@@ -6,14 +6,15 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from jobs.sample_maker import Log, Progress
-from jobs.sample_pool import Workers, room_for
+from jobs.sample_pool import LostWorkersError, Workers, room_for
 from mfm_ray.data.encoding import EncodingSettings, PartRecord, encode_part
 from mfm_ray.errors import InputError, StorageError
 from mfm_ray.storage import Storage
@@ -23,42 +24,52 @@ _POLL_S = 0.5
 
 
 class Tally:
-    """A Ray actor that knows how many images of each unfinished part are done, and who works."""
+    """A Ray actor that knows how many images of each unfinished part are done, and how often each was begun."""
 
     def __init__(self) -> None:
         self._done: dict[int, int] = {}
-        self._workers: set[int] = set()
+        self._begun: Counter[int] = Counter()
+        self._workers: set[tuple[str, int]] = set()
 
-    def join(self, pid: int) -> None:
-        self._workers.add(pid)
+    def join(self, node: str, pid: int) -> None:
+        self._workers.add((node, pid))
+
+    def begin(self, part: int) -> None:
+        self._begun[part] += 1
+        self._done[part] = 0
 
     def note(self, part: int, done: int) -> None:
         self._done[part] = done
 
-    def seen(self) -> tuple[dict[int, int], list[int]]:
-        """Images done by part, and the process ids of all workers there have been."""
-        return dict(self._done), sorted(self._workers)
+    def seen(self) -> Seen:
+        return Seen(dict(self._done), dict(self._begun), sorted(self._workers))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Images done by part, how often each part was begun, and node and process id of all workers there have been."""
+
+    done: dict[int, int]
+    begun: dict[int, int]
+    workers: list[tuple[str, int]]
 
 
 class PartEncoder:
-    """What an actor of the pool holds: the autoencoder, read once."""
+    """What an actor of the pool holds: the autoencoder, read once. threads: that decode images."""
 
     def __init__(self, settings: EncodingSettings, output: Storage, device: str, threads: int, tally: Any) -> None:
         import torch
 
-        torch.set_num_threads(threads)
         self._settings, self._output, self._threads, self._tally = settings, output, threads, tally
         self._device = torch.device(device)
         self._autoencoder = load_same_autoencoder(settings).to(self._device)
-        tally.join.remote(os.getpid())
+        tally.join.remote(os.uname().nodename, os.getpid())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """The record of one part; a refusal is returned, because the next worker would say the same."""
-        import torch
-
-        torch.set_num_threads(self._threads)  # here as well, because the number belongs to the thread that calculates
         part = int(batch["part"][0])
         entries = pa.ipc.open_stream(batch["entries"][0]).read_all().to_pylist()
+        self._tally.begin.remote(part)
         try:
             record = encode_part(
                 part,
@@ -71,8 +82,8 @@ class PartEncoder:
                 note=lambda done: self._tally.note.remote(part, done),
             )
         except (InputError, StorageError) as refusal:
-            return {"record": [None], "refusal": [str(refusal)]}
-        return {"record": [asdict(record)], "refusal": [None]}
+            return {"record": [None], "refusal": [str(refusal)], "by_storage": [isinstance(refusal, StorageError)]}
+        return {"record": [asdict(record)], "refusal": [None], "by_storage": [None]}
 
 
 def load_same_autoencoder(settings: EncodingSettings) -> Any:
@@ -96,43 +107,79 @@ def encode_on_ray(
     workers: Workers,
     log: Log,
 ) -> None:
-    """Each finished part goes to `keep`. InputError where no worker starts in time, or one refuses."""
+    """Each finished part goes to `keep`.
+
+    InputError where no worker starts in time, or one refuses; StorageError where one cannot read or write;
+    LostWorkersError where a part was lost with its worker more often than `workers.max_failures`.
+    """
     import ray
 
     remote: Any = ray.remote
     tally = remote(num_cpus=0)(Tally).remote()
     results: queue.Queue[Any] = queue.Queue()
+    given_up = threading.Event()
     dataset = _dataset(parts, entries_of, settings, output, tally, workers)
-    threading.Thread(target=_iterate, args=(dataset, results), name="ray-data", daemon=True).start()
+    threading.Thread(target=_iterate, args=(dataset, results, given_up), name="ray-data", daemon=True).start()
     log(f"encoding {len(parts)} parts with {workers.num} workers, {workers.resources} each")
-    left, began, ready = set(parts), time.monotonic(), False
-    finished: set[int] = set()
-    while left:
-        try:
-            result = results.get(timeout=_POLL_S)
-        except queue.Empty:
-            result = None
-        if isinstance(result, BaseException):
-            raise _cause(result)
-        if result is not None:
-            if result["refusal"] is not None:
-                raise InputError(str(result["refusal"]))
-            record = PartRecord(**result["record"])
-            if record.part in left:  # a part that was made twice counts once
+    left, watch = set(parts), _Watch(tally, workers, progress, log)
+    try:
+        while left:
+            record = _next_record(results)
+            if record is not None and record.part in left:  # a part that was made twice counts once
                 left.remove(record.part)
-                finished.add(record.part)
                 keep(record)
-        elif not ready or progress.is_due:
-            done, pids = ray.get(tally.seen.remote())
-            if pids and not ready:
-                ready = True
-                progress.restart()
-                log(f"the first worker is ready after {time.monotonic() - began:.0f} s")
-            elif not ready and time.monotonic() - began > workers.start_timeout_s:
-                raise InputError(_no_worker(workers))
-            if ready and progress.is_due:
-                progress.tell(sum(number for part, number in done.items() if part not in finished), workers.num)
-    ray.kill(tally)
+            if watch.is_due:
+                watch.look(left)
+    finally:
+        given_up.set()
+        ray.kill(tally)
+
+
+class _Watch:
+    """What the driver learns from the tally, about twice a second, and says of it."""
+
+    def __init__(self, tally: Any, workers: Workers, progress: Progress, log: Log) -> None:
+        self._tally, self._workers, self._progress, self._log = tally, workers, progress, log
+        self._began = self._looked = time.monotonic()
+        self._known = 0
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._looked >= _POLL_S
+
+    def look(self, left: set[int]) -> None:
+        """left: parts that are not finished."""
+        import ray
+
+        seen: Seen = ray.get(self._tally.seen.remote())
+        self._looked = time.monotonic()
+        waited = self._looked - self._began
+        if seen.workers and not self._known:
+            self._progress.restart()
+            self._log(f"the first worker is ready after {waited:.0f} s")
+        elif not seen.workers and waited > self._workers.start_timeout_s:
+            raise InputError(_no_worker(self._workers))
+        if (lost := len(seen.workers) - self._workers.num) > max(0, self._known - self._workers.num):
+            self._log(f"{lost} workers were lost so far, others took their places")
+        self._known = len(seen.workers)
+        for part in sorted(left):
+            if seen.begun.get(part, 0) > self._workers.max_failures + 1:
+                raise LostWorkersError(_lost(part, self._workers))
+        if self._known and self._progress.is_due:
+            self._progress.tell(sum(number for part, number in seen.done.items() if part in left), self._workers.num)
+
+
+def _next_record(results: queue.Queue[Any]) -> PartRecord | None:
+    """What came in the meantime, None for nothing; an error that came is raised."""
+    try:
+        result = results.get(timeout=_POLL_S)
+    except queue.Empty:
+        return None
+    if isinstance(result, BaseException):
+        raise _cause(result)
+    if result["refusal"] is not None:
+        raise (StorageError if result["by_storage"] else InputError)(str(result["refusal"]))
+    return PartRecord(**result["record"])
 
 
 def _dataset(
@@ -143,6 +190,8 @@ def _dataset(
     tally: Any,
     workers: Workers,
 ) -> Any:
+    """Ray Data restarts actors that are lost and gives their parts to others; that it is the default is why nothing
+    is said of it here (saying it by max_restarts is deprecated)."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -160,8 +209,6 @@ def _dataset(
         num_cpus=cpus,
         num_gpus=gpus,
         resources=resources or None,
-        max_restarts=-1,
-        max_task_retries=workers.max_failures,
     )
 
 
@@ -172,11 +219,13 @@ def _packed(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _iterate(dataset: Any, results: queue.Queue[Any]) -> None:
+def _iterate(dataset: Any, results: queue.Queue[Any], given_up: threading.Event) -> None:
     """In a thread, so that the job can speak and give up while Ray Data waits."""
     try:
         for row in dataset.iter_rows():
             results.put(row)
+            if given_up.is_set():
+                return
     except BaseException as error:
         results.put(error)
 
@@ -190,6 +239,13 @@ def _cause(error: BaseException) -> BaseException:
                 return candidate
         found = found.__cause__
     return error
+
+
+def _lost(part: int, workers: Workers) -> str:
+    return (
+        f"part {part} was lost with its worker {workers.max_failures + 1} times (scaling.max_failures="
+        f"{workers.max_failures}); finished parts stay, resume=true goes on"
+    )
 
 
 def _no_worker(workers: Workers) -> str:

@@ -252,6 +252,10 @@ class PrepareDataConfig(JobConfig):
     heldout_share: float = setting("images: share that is held out, by a hash of the name", minimum=0, maximum=0.5)
     batch_size: int = setting("images: that are encoded at once", minimum=1)
     shard_size: int = setting("images: of one part, which is made and resumed as a whole", minimum=1)
+    encoder_threads: int = setting(
+        "images: CPU threads of a worker's autoencoder; other numbers give other last bits. Its CPUs decode images",
+        minimum=1,
+    )
     scaling: SampleScalingConfig = setting("images: workers and their resources")
 
 

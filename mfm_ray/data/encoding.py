@@ -6,10 +6,12 @@ is stored depends on the source, the autoencoder and `EncodingSettings` alone: n
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from mfm_ray.autoencoder import Autoencoder
-from mfm_ray.data.image_sources import ImageReader
+from mfm_ray.data.image_sources import ImageReader, open_source
 from mfm_ray.data.mapped import arrow_bytes
 from mfm_ray.data.pixels import DamagedImage, read_pixels
 from mfm_ray.data.prefetch import Prefetcher
@@ -29,7 +31,8 @@ SPLITS = ("train", "heldout")
 @dataclass(frozen=True, kw_only=True)
 class EncodingSettings:
     """All that decides what is stored, beside the images: kept in `plan.json` while the work goes on, and in the
-    manifest after that. kind, column, index_sha256, images: of the `ImageIndex`."""
+    manifest after that. kind, column, index_sha256, images: of the `ImageIndex`. encoder_threads: CPU threads of the
+    autoencoder, whose number changes the last bits of its sums."""
 
     source: str
     kind: str
@@ -45,6 +48,7 @@ class EncodingSettings:
     heldout_share: float
     batch_size: int
     shard_size: int
+    encoder_threads: int = 1
 
     @property
     def num_parts(self) -> int:
@@ -99,9 +103,38 @@ def encode_part(
 ) -> PartRecord:
     """Writes the shards of a part and, last, its record.
 
-    entries: its rows of the index. threads: that decode images ahead of the autoencoder. note: called with the number
-    of images that are done.
+    entries: its rows of the index. threads: that decode images ahead of the autoencoder, which itself has
+    `settings.encoder_threads`. note: called with the number of images that are done.
     """
+    with _same_arithmetic(settings.encoder_threads):
+        return _encode_part(part, entries, autoencoder, settings, output, device=device, threads=threads, note=note)
+
+
+@contextmanager
+def _same_arithmetic(threads: int) -> Iterator[None]:
+    """float32 as it is, without TF32, by algorithms that do not change from call to call."""
+    cudnn, matmul, threads_before = torch.backends.cudnn, torch.backends.cuda.matmul, torch.get_num_threads()
+    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = False, True, False, False
+        torch.set_num_threads(threads)
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, matmul.allow_tf32 = before
+        torch.set_num_threads(threads_before)
+
+
+def _encode_part(
+    part: int,
+    entries: Sequence[Mapping[str, Any]],
+    autoencoder: Autoencoder,
+    settings: EncodingSettings,
+    output: Storage,
+    *,
+    device: torch.device,
+    threads: int,
+    note: Callable[[int], None],
+) -> PartRecord:
     rows: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     kept: dict[str, list[Mapping[str, Any]]] = {split: [] for split in SPLITS}
     damaged: list[dict[str, str]] = []
@@ -150,7 +183,7 @@ class _PixelBatch:
 
 def _batches(entries: Sequence[Mapping[str, Any]], settings: EncodingSettings, threads: int) -> Iterator[_PixelBatch]:
     """Consecutive good images, `batch_size` at a time, read and decoded while earlier ones are encoded."""
-    reader = ImageReader(Storage(settings.source), settings.kind, settings.column)
+    reader = ImageReader(open_source(settings.source)[0], settings.kind, settings.column)
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         making = _BatchMaker(entries, settings, reader, pool)
         ahead: Prefetcher[_PixelBatch] = Prefetcher(making, end=len(entries) + 1)
@@ -200,7 +233,7 @@ class _BatchMaker:
                 content: bytes | DamagedImage = self._reader.read(entry)
             except DamagedImage as damage:
                 content = damage
-            waiting.append(self._pool.submit(self._decode, lambda content=content: _raised(content)))
+            waiting.append(self._pool.submit(self._decode, functools.partial(_raised, content)))
         return [future.result() for future in waiting]
 
     def _decode(self, content: Callable[[], bytes]) -> np.ndarray | str:

@@ -2,14 +2,19 @@
 
 `index_images` lists every image once, in an order that depends on the source alone, with its label. `ImageReader`
 reads the bytes of listed ones. What is damaged on the way is listed too, with its reason in `problem`.
+
+Damage is what is wrong with bytes that were read. Whatever keeps this machine from reading them (a missing mount, an
+input/output error) is a `StorageError`: an image left out for that would be a hole that no resumption mends.
 """
 
 from __future__ import annotations
 
 import csv
+import fnmatch
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +30,10 @@ from mfm_ray.errors import InputError, StorageError
 from mfm_ray.storage import Storage
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_NO_IMAGE_ENDINGS = (".cls", ".csv", ".html", ".json", ".jsonl", ".md", ".npy", ".py", ".tsv", ".txt", ".xml", ".yaml")
+_IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+_HEAD_BYTES = 512
+_LOOKED_AT = 8
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes", "content")
 _LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_name", "fine_label")
 _INDEX = pa.schema(
@@ -54,22 +63,79 @@ class ImageIndex:
         return digest.hexdigest()
 
 
-def kind_of(source: Storage, asked: str = "auto") -> str:
-    """What a source is, by the names in it. InputError for one that is missing, empty or holds two kinds."""
+def open_source(source: str) -> tuple[Storage, str | None]:
+    """The folder of a source, and the names of the files in it that are meant: null for all.
+
+    source: a folder, one file, or a pattern in the last part of the path, such as `/data/train-*.parquet`.
+    """
+    place = Storage(source)
+    if "*" in place.name or place.is_file(""):
+        return Storage(str(PurePosixPath(place.path).parent), filesystem=place.filesystem), place.name
+    return place, None
+
+
+def kind_of(source: Storage, asked: str = "auto", *, only: str | None = None) -> str:
+    """What a source is, by the endings of its files, or else by their first bytes.
+
+    only: as `open_source` gives it. InputError for a source that is missing, empty or holds two kinds.
+    """
     if not source.exists():
         raise InputError(f"source={source} does not exist, expected a folder of images, Parquet files or tars")
     if not source.is_dir():
         raise InputError(f"source={source} is not a folder, expected one with images, Parquet files or tars")
-    names = source.listdir()
+    names = _names(source, only)
     if not names:
-        raise InputError(f"source={source} is empty, expected images, Parquet files or tars")
-    if asked != "auto":
-        return asked
-    has = {"parquet": any(name.endswith(".parquet") for name in names), "webdataset": bool(_tars(names))}
-    found = [kind for kind, there in has.items() if there]
-    if len(found) > 1:
-        raise InputError(f"source={source} holds {' and '.join(found)} files; say which by source_kind=")
-    return found[0] if found else "folder"
+        what = "is empty" if only is None else f"holds no file {only}"
+        raise InputError(f"source={source} {what}, expected images, Parquet files or tars")
+    kind = asked
+    if asked == "auto":
+        unclear = [name for name in names if _kind_by_name(name) is None and not _says_no_image(name)][:_LOOKED_AT]
+        kinds = {_kind_by_name(name) for name in names} | {_kind_by_content(source, name) for name in unclear}
+        found = sorted(kind for kind in kinds if kind in ("parquet", "webdataset"))
+        if len(found) > 1:
+            raise InputError(f"source={source} holds {' and '.join(found)} files; say which by source_kind=")
+        kind = found[0] if found else "folder"
+    if kind == "folder" and only is not None:
+        raise InputError(f"source={source}/{only}: expected a folder; single files and patterns are Parquet or tars")
+    return kind
+
+
+def _names(source: Storage, only: str | None) -> list[str]:
+    return [name for name in source.listdir() if only is None or name == only or fnmatch.fnmatchcase(name, only)]
+
+
+def _kind_by_name(name: str) -> str | None:
+    kinds = {IMAGE_ENDINGS: "folder", (".parquet",): "parquet", (".tar",): "webdataset"}
+    return next((kind for endings, kind in kinds.items() if name.lower().endswith(endings)), None)
+
+
+def _says_no_image(name: str) -> bool:
+    return name.startswith(".") or name.lower().endswith(_NO_IMAGE_ENDINGS)
+
+
+def _kind_by_content(source: Storage, name: str) -> str | None:
+    if not source.is_file(name):
+        return None
+    with source.open_for_parts(name) as stream:
+        head = bytes(stream.read(_HEAD_BYTES))
+    if head[:4] == b"PAR1":
+        return "parquet"
+    if head[257:262] == b"ustar":
+        return "webdataset"
+    is_image = head.startswith(_IMAGE_HEADS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return "folder" if is_image else None
+
+
+def _files_of_kind(source: Storage, kind: str, only: str | None) -> list[str]:
+    """Names that have the kind's ending, and those without a telling one that have its first bytes."""
+    names = _names(source, only)
+    by_name = {name: _kind_by_name(name) for name in names}
+    return [
+        name
+        for name in names
+        if by_name[name] == kind
+        or (by_name[name] is None and not _says_no_image(name) and _kind_by_content(source, name) == kind)
+    ]
 
 
 def index_images(
@@ -79,13 +145,16 @@ def index_images(
     labels: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    only: str | None = None,
 ) -> ImageIndex:
     """All images of a source, in the order of their names.
 
+    source, only: as `open_source` gives them.
     labels: a CSV file with columns file_name (as in `key`) and label, which then are the only labels.
-    InputError for a source without images, of mixed form, or with labels that cannot be used.
+    InputError for a source without images, of mixed form, or with labels that cannot be used. StorageError where it
+    cannot be read.
     """
-    kind = kind_of(source, kind)
+    kind = kind_of(source, kind, only=only)
     for name, value in {"image_column": image_column, "label_column": label_column}.items():
         if value is not None and kind != "parquet":
             raise InputError(f"{name}={value}: the source is of kind {kind}, expected null")
@@ -93,9 +162,9 @@ def index_images(
     if kind == "folder":
         rows = _index_folder(source, labelled=labels is None)
     elif kind == "webdataset":
-        rows = _index_tars(source)
+        rows = [row for name in _files_of_kind(source, kind, only) for row in _index_tar(source, name)]
     else:
-        column, names, rows = _index_parquet(source, image_column, label_column)
+        column, names, rows = _index_parquet(source, _files_of_kind(source, kind, only), image_column, label_column)
     if not rows:
         raise InputError(f"source={source} holds no images of kind {kind}")
     if labels is not None:
@@ -111,41 +180,42 @@ class ImageReader:
     def __init__(self, source: Storage, kind: str, column: str | None) -> None:
         self._source, self._kind, self._column = source, kind, column
         self._name: str | None = None
-        self._file: Any = None
+        self._stream: _Watched | None = None
+        self._parquet: pq.ParquetFile | None = None
         self._group: tuple[int, int, Any] = (0, 0, None)
 
     def read(self, entry: Mapping[str, Any]) -> bytes:
-        """`DamagedImage` where there is nothing to read."""
+        """`DamagedImage` where the source holds no bytes for it, StorageError where this machine cannot read them."""
         if entry["problem"] is not None:
             raise DamagedImage(entry["problem"])
+        name = entry["file"]
         try:
             if self._kind == "folder":
-                return self._source.read_bytes(entry["file"])
-            self._open(entry["file"])
-            content = self._row(entry["at"]) if self._kind == "parquet" else self._slice(entry["at"], entry["size"])
+                return self._source.read_bytes(name)
+            self._open(name)
         except FileNotFoundError as error:
-            raise DamagedImage("missing: it was there when the source was listed") from error
-        except (pa.ArrowException, OSError) as error:
-            raise DamagedImage(f"cannot be read: {_first_line(error)}") from error
+            here = os.uname().nodename
+            raise StorageError(f"{self._source.uri_of(name)} was listed, but {here} does not see it") from error
+        content = self._row(entry["at"]) if self._kind == "parquet" else self._slice(entry["at"], entry["size"])
         if content is None:
             raise DamagedImage("no bytes in its row")
         return content
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._name, self._file, self._group = None, None, (0, 0, None)
+        if self._stream is not None:
+            self._stream.close()
+        self._name, self._stream, self._parquet, self._group = None, None, None, (0, 0, None)
 
     def _open(self, name: str) -> None:
         if name != self._name:
             self.close()
-            stream = self._source.open_for_parts(name)
-            self._file = pq.ParquetFile(stream) if self._kind == "parquet" else stream
+            self._stream = _Watched(self._source, name)
             self._name = name
 
     def _slice(self, at: int, size: int) -> bytes:
-        self._file.seek(at)
-        content = self._file.read(size)
+        assert self._stream is not None
+        self._stream.seek(at)
+        content = self._stream.read(size)
         if len(content) < size:
             raise DamagedImage(f"truncated: {len(content)} of {size} bytes")
         return content
@@ -153,15 +223,72 @@ class ImageReader:
     def _row(self, row: int) -> bytes | None:
         first, end, cells = self._group
         if not first <= row < end:
-            end = 0
-            for group in range(self._file.num_row_groups):
-                first, end = end, end + self._file.metadata.row_group(group).num_rows
-                if row < end:
-                    cells = self._file.read_row_group(group, columns=[self._column])[self._column]
-                    self._group = (first, end, cells)
-                    break
+            first, end, cells = self._group = self._group_of(row)
+        if isinstance(cells, DamagedImage):
+            raise DamagedImage(str(cells))
         value = cells[row - first].as_py()
         return value.get("bytes") if isinstance(value, dict) else value
+
+    def _group_of(self, row: int) -> tuple[int, int, Any]:
+        """First row, end, and images of the row group that holds a row; instead of the images what is wrong."""
+        assert self._stream is not None
+        try:
+            self._parquet = self._parquet or pq.ParquetFile(self._stream)
+            metadata, end = self._parquet.metadata, 0
+        except (pa.ArrowException, OSError) as error:
+            return row, row + 1, self._stream.damage(error)
+        for group in range(metadata.num_row_groups):
+            first, end = end, end + metadata.row_group(group).num_rows
+            if row < end:
+                try:
+                    return first, end, self._parquet.read_row_group(group, columns=[self._column])[self._column]
+                except (pa.ArrowException, OSError) as error:
+                    return first, end, self._stream.damage(error)
+        return row, row + 1, DamagedImage("its row is gone")
+
+
+class _Watched(io.RawIOBase):
+    """A file for readers of a format, which tells what is wrong with the file from what is wrong with this machine."""
+
+    def __init__(self, source: Storage, name: str) -> None:
+        super().__init__()
+        self._stream, self._where = source.open_for_parts(name), source.uri_of(name)
+        self._size = self._stream.size()
+        self._error: OSError | pa.ArrowException | None = None
+
+    def damage(self, error: BaseException) -> DamagedImage:
+        """Of what a reader of the format raised; StorageError where the bytes could not be read, or not held."""
+        if isinstance(error, MemoryError):
+            raise error
+        if self._error is not None:
+            raise StorageError(f"cannot read {self._where}: {_first_line(self._error)}") from self._error
+        return DamagedImage(f"cannot be read: {_first_line(error)}")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As in any file, but not beyond the end, which object stores refuse."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._stream.seek(min(start + offset, self._size))
+        return self.tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return bytes(self._stream.read(None if size is None or size < 0 else size))
+        except (OSError, pa.ArrowException) as error:
+            self._error = error
+            raise StorageError(f"cannot read {self._where}: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _entry(
@@ -171,11 +298,15 @@ def _entry(
 
 
 def _index_folder(source: Storage, *, labelled: bool) -> list[dict[str, Any]]:
-    found = source.filesystem.get_file_info(fs.FileSelector(source.path, recursive=True))
+    try:
+        found = source.filesystem.get_file_info(fs.FileSelector(source.path, recursive=True))
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot list {source}: {_first_line(error)}") from error
     prefix = len(source.path.rstrip("/")) + 1
     entries = sorted(((info.path[prefix:], info) for info in found), key=lambda pair: pair[0])
     shown = [(name, info) for name, info in entries if not any(part.startswith(".") for part in name.split("/"))]
-    images = [(n, i) for n, i in shown if i.type == fs.FileType.File and n.lower().endswith(IMAGE_ENDINGS)]
+    files = [(name, info) for name, info in shown if info.type == fs.FileType.File]
+    images = [(name, info) for name, info in files if _is_image(source, name)]
     classes = {name.partition("/")[0] for name, _ in images if "/" in name} if labelled else set()
     if classes:
         if (flat := next((name for name, _ in images if "/" not in name), None)) is not None:
@@ -186,12 +317,12 @@ def _index_folder(source: Storage, *, labelled: bool) -> list[dict[str, Any]]:
     return [_entry(n, n, size=i.size, label=n.partition("/")[0] if classes else None) for n, i in images]
 
 
-def _tars(names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith(".tar")]
-
-
-def _index_tars(source: Storage) -> list[dict[str, Any]]:
-    return [row for name in _tars(source.listdir()) for row in _index_tar(source, name)]
+def _is_image(source: Storage, name: str) -> bool:
+    """By its ending, whatever it holds; without a telling one by its first bytes."""
+    kind = _kind_by_name(name)
+    return kind == "folder" or (
+        kind is None and not _says_no_image(name) and _kind_by_content(source, name) == "folder"
+    )
 
 
 def _index_tar(source: Storage, name: str) -> Iterator[dict[str, Any]]:
@@ -200,7 +331,7 @@ def _index_tar(source: Storage, name: str) -> Iterator[dict[str, Any]]:
     images: list[dict[str, Any]] = []
     label = problem = None
     try:
-        with source.open_for_parts(name) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with _Watched(source, name) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 path = PurePosixPath(member.name)
                 base, _, ending = path.name.partition(".")
@@ -214,7 +345,7 @@ def _index_tar(source: Storage, name: str) -> Iterator[dict[str, Any]]:
                 elif ending in ("cls", "json"):
                     content = archive.extractfile(member)
                     label = _label_of(content.read() if content else b"", ending, label)
-    except (tarfile.TarError, OSError, pa.ArrowException, StorageError) as error:
+    except (tarfile.TarError, EOFError) as error:
         problem = f"the rest of the tar cannot be read: {_first_line(error)}"
     yield from ({**image, "label": label} for image in images)
     if problem is not None:
@@ -236,22 +367,22 @@ def _label_of(content: bytes, ending: str, before: Any) -> Any:
 
 
 def _index_parquet(
-    source: Storage, image: str | None, label: str | None
+    source: Storage, files: list[str], image: str | None, label: str | None
 ) -> tuple[str | None, list[str] | None, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     names = None
-    for file in (name for name in source.listdir() if name.endswith(".parquet")):
-        try:
-            with source.open_for_parts(file) as stream:
+    for file in files:
+        with _Watched(source, file) as stream:
+            try:
                 parquet = pq.ParquetFile(stream)
                 image = _image_column(parquet.schema_arrow, image, f"{source}/{file}")
                 column = _label_column(parquet.schema_arrow, label, f"{source}/{file}")
                 names = names or _class_label_names(parquet.schema_arrow, column)
                 count = parquet.metadata.num_rows
                 labels = [None] * count if column is None else parquet.read(columns=[column])[column].to_pylist()
-        except (pa.ArrowException, OSError, StorageError) as error:
-            rows.append(_entry(file, file, problem=f"the file cannot be read: {_first_line(error)}"))
-            continue
+            except (pa.ArrowException, OSError) as error:
+                rows.append(_entry(file, file, problem=f"the file {stream.damage(error)}"))
+                continue
         rows += [_entry(f"{file}#{row}", file, at=row, label=value) for row, value in enumerate(labels)]
     return image, names, rows
 

@@ -3,9 +3,10 @@
     resize:  shorter side -> image_size, the other one -> floor(image_size * long / short)
     crop:    the central image_size x image_size, offset round((side - image_size) / 2)
 
-That is torchvision's Resize and CenterCrop on PIL images, which the paper's
-latents were made with (bilinear, antialiased).
-No file is fatal: whatever cannot be used raises `DamagedImage` with the reason in one line.
+That is torchvision's `transforms.Resize(image_size)` and `CenterCrop` on PIL images, as in the official code that made
+the paper's latents: bilinear with antialias, which is the default here for that reason.
+No file is fatal: whatever cannot be used raises `DamagedImage` with the reason in one line. Too little memory is no
+damage: MemoryError is left as it is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is opened at all: PIL knows formats that start other programs."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is opened at all: PIL knows formats that start other programs. JPEG includes a camera's MPO, which has no opener
+of its own: naming it here is a KeyError for whatever is no JPEG."""
 MOST_PIXELS = 89_478_485
 """PIL's own threshold for a decompression bomb; also the most that an image may have after its resize."""
 
@@ -53,7 +55,8 @@ def read_pixels(content: bytes, image_size: int, *, interpolation: str = "biline
         raise DamagedImage("empty file")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            _check_size(*opened.size, image_size)
+            width, height = opened.size
+            _check_size(width, height, image_size)
             ImageOps.exif_transpose(opened, in_place=True)  # a copy of every picture less
             return _square(_rgb(opened), image_size, Image.Resampling[interpolation.upper()])
     except DamagedImage:
@@ -64,7 +67,7 @@ def read_pixels(content: bytes, image_size: int, *, interpolation: str = "biline
         raise DamagedImage(f"decompression bomb: more than {MOST_PIXELS:,} pixels") from error
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError) as error:
         raise DamagedImage(f"damaged: {_one_line(error)}") from error  # what PIL's readers raise for broken files
-    except (struct.error, zlib.error, MemoryError, OverflowError, AttributeError, ZeroDivisionError) as error:
+    except (struct.error, zlib.error, OverflowError, AttributeError, ZeroDivisionError) as error:
         raise DamagedImage(f"damaged: {_one_line(error)}") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from jobs.contract import JobRun
 from jobs.prepare_data import body, check
 from mfm_ray.config import load_config
 from mfm_ray.data.shards import load_split, open_split, verify_shards
-from mfm_ray.errors import InputError
+from mfm_ray.errors import InputError, StorageError
 from mfm_ray.storage import Storage
-from tests.conftest import save_tiny_autoencoder
+from tests.conftest import FinishedJob, save_tiny_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,84 @@ def test_an_interrupted_preparation_goes_on_and_ends_with_the_same_bytes(
     assert b"class0/bad.jpg" in content(tmp_path / "whole")["damaged.jsonl"]
 
 
+@pytest.mark.parametrize("lost", ["train-00001-of-00005.arrow", "train-00003-of-00005.arrow", "damaged.jsonl"])
+@pytest.mark.parametrize("altered", [True, False], ids=["altered", "deleted"])
+def test_resuming_a_finished_folder_makes_again_what_is_missing_and_only_that(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, altered: bool
+) -> None:
+    run(place, tmp_path / "out")
+    before, encode, made = content(tmp_path / "out"), jobs.encode_images.encode_part, []
+
+    def noted(part: int, *args: Any, **kwargs: Any) -> Any:
+        made.append(part)
+        return encode(part, *args, **kwargs)
+
+    monkeypatch.setattr(jobs.encode_images, "encode_part", noted)
+    run(place, tmp_path / "out", "resume=true")
+    assert made == []
+    (tmp_path / "out" / lost).unlink()
+    if altered:
+        (tmp_path / "out" / lost).write_bytes(before[lost][:-1])
+    run(place, tmp_path / "out", "resume=true")
+    assert made == [1 if "00001" in lost else 3 if "00003" in lost else 1]
+    assert content(tmp_path / "out") == before
+
+
+def test_other_threads_are_other_settings(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "out")
+    with pytest.raises(InputError, match="encoder_threads=2: .* was begun with 1"):
+        run(place, tmp_path / "out", "resume=true", "encoder_threads=2")
+    threads = torch.get_num_threads()
+    run(place, tmp_path / "two", "encoder_threads=2")
+    assert torch.get_num_threads() == threads
+
+
+def test_a_machine_that_cannot_read_an_image_leaves_its_part_to_be_made_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(place, tmp_path / "whole")
+    read = Storage.read_bytes
+
+    def broken(self: Storage, rel: str) -> bytes:
+        if rel.endswith("25.jpg"):
+            raise StorageError(f"cannot read {self.uri_of(rel)}: Input/output error")
+        return read(self, rel)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Storage, "read_bytes", broken)
+        with pytest.raises(StorageError, match="25.jpg: Input/output error"):
+            run(place, tmp_path / "again")
+    run(place, tmp_path / "again", "resume=true")
+    assert content(tmp_path / "again") == content(tmp_path / "whole")
+
+
+def test_the_job_counts_and_lists_what_is_damaged(
+    place: Path, tmp_path: Path, run_job: Callable[..., FinishedJob]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    whole = (place / "source/class0/00.jpg").read_bytes()
+    files = {"0.jpg": whole, "1.jpg": whole[:-200], "2.jpg": b"text", "3.jpg": b"", "4.jpg": whole}
+    for name, image in files.items():
+        (source / name).write_bytes(image)
+    words = ["data=images", f"source={source}", f"autoencoder={place}/vae", "image_size=16", "heldout_share=0"]
+    job = run_job("prepare_data", *words, f"output={tmp_path}/out", "scaling.num_workers=0")
+    assert job.code == 0, job.describe()
+    assert job.metrics["images"] == 5 and job.metrics["damaged"] == 3 and job.metrics["train.rows"] == 2
+    listed = [json.loads(line) for line in Path(job.artifacts["damaged"]).read_text().splitlines()]
+    assert [line["image"] for line in listed] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert listed[0]["reason"].startswith("damaged: ")
+    assert [line["reason"] for line in listed[1:]] == ["not an image of a known format", "empty file"]
+
+
+def test_a_source_of_damaged_images_alone_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(3):
+        (tmp_path / f"source/{number}.jpg").write_bytes(b"text")
+    with pytest.raises(InputError, match="no image is left to train on, 3 are damaged; the first: 0.jpg: not an image"):
+        run(place, tmp_path / "out", f"source={tmp_path}/source")
+
+
 def test_mapped_rows_are_those_that_a_whole_reading_gives(place: Path, tmp_path: Path) -> None:
     run(place, tmp_path / "out")
     described = verify_shards(tmp_path / "out").description()
@@ -93,9 +173,16 @@ def test_mapped_rows_are_those_that_a_whole_reading_gives(place: Path, tmp_path:
         (["source=/nowhere"], "source=/nowhere does not exist"),
         (["autoencoder=/nowhere"], "autoencoder=/nowhere does not exist"),
         (["autoencoder=null"], "autoencoder=null: expected the folder"),
+        (["source={empty}"], "source=.* is empty"),
+        (["scaling.resources_per_worker.CPU=0"], "scaling.resources_per_worker: expected at least one resource"),
+        (["labels=/nowhere"], "labels=/nowhere does not exist"),
+        (["image_column=x"], "image_column=x: the source is of kind folder"),
         (["data=digits", "source=null", "autoencoder=null"], "image_size=16: digits is not encoded"),
     ],
 )
 def test_bad_input_is_one_line(place: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    named = [word.replace("{empty}", str(tmp_path / "empty")) for word in words]
     with pytest.raises(InputError, match=message):
-        run(place, tmp_path / "out", *words)
+        run(place, tmp_path / "out", *named)
+    assert not (tmp_path / "out").exists()  # nothing was begun
