@@ -21,6 +21,8 @@ from mfm_ray.storage import Storage
 
 KeepPart = Callable[[PartRecord], None]
 _POLL_S = 0.5
+_END_S = 30.0
+_GIVEN_UP = threading.Event()
 
 
 class Tally:
@@ -117,9 +119,10 @@ def encode_on_ray(
     remote: Any = ray.remote
     tally = remote(num_cpus=0)(Tally).remote()
     results: queue.Queue[Any] = queue.Queue()
-    given_up = threading.Event()
+    _GIVEN_UP.clear()
     dataset = _dataset(parts, entries_of, settings, output, tally, workers)
-    threading.Thread(target=_iterate, args=(dataset, results, given_up), name="ray-data", daemon=True).start()
+    thread = threading.Thread(target=_iterate, args=(dataset, results), name="ray-data", daemon=True)
+    thread.start()
     log(f"encoding {len(parts)} parts with {workers.num} workers, {workers.resources} each")
     left, watch = set(parts), _Watch(tally, workers, progress, log)
     try:
@@ -130,9 +133,12 @@ def encode_on_ray(
                 keep(record)
             if watch.is_due:
                 watch.look(left)
-    finally:
-        given_up.set()
-        ray.kill(tally)
+    except Exception:  # when the job is stopped there is no time for this
+        _GIVEN_UP.set()
+        thread.join(_END_S)  # what Ray Data does after the end of Ray would start another one
+        raise
+    thread.join(_END_S)
+    ray.kill(tally)
 
 
 class _Watch:
@@ -198,6 +204,9 @@ def _dataset(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    callbacks: list[Any] = context.custom_execution_callback_classes
+    if _EndsWhenGivenUp not in callbacks:
+        callbacks.append(_EndsWhenGivenUp)
     rows = [{"part": part, "entries": _packed(entries_of(part))} for part in parts]
     resources = dict(workers.resources)
     cpus, gpus = resources.pop("CPU", 0.0), resources.pop("GPU", 0.0)
@@ -219,13 +228,25 @@ def _packed(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _iterate(dataset: Any, results: queue.Queue[Any], given_up: threading.Event) -> None:
+class _EndsWhenGivenUp:
+    """Called by Ray Data (an ExecutionCallback, whose base class is private): no other way ends it from outside."""
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def on_execution_step(self, executor: Any) -> None:
+        if _GIVEN_UP.is_set():
+            raise RuntimeError("the job has given up")
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
+def _iterate(dataset: Any, results: queue.Queue[Any]) -> None:
     """In a thread, so that the job can speak and give up while Ray Data waits."""
     try:
         for row in dataset.iter_rows():
             results.put(row)
-            if given_up.is_set():
-                return
     except BaseException as error:
         results.put(error)
 

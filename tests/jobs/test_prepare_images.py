@@ -126,6 +126,7 @@ def test_a_machine_that_cannot_read_an_image_leaves_its_part_to_be_made_again(
     assert content(tmp_path / "again") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_job_counts_and_lists_what_is_damaged(
     place: Path, tmp_path: Path, run_job: Callable[..., FinishedJob]
 ) -> None:
