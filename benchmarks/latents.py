@@ -1,6 +1,6 @@
 """What `jobs.prepare_data data=images` costs beside its encoder: images a second of both.
 
-    python -m benchmarks.latents [--rounds 4] [--images 1280]
+    python -m benchmarks.latents [--rounds 4] [--images 768]
 
 Two actors of one thread each on a local Ray, from JPEG files to shards; against two processes of one thread each that
 give the same encoder preloaded tensors, batches of the same size and memory layout (channels last, the faster one).
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "latents.md"
 WORKERS = 2
 SIZE, BATCH, PART = 128, 16, 64
 FILE = (250, 188)  # as ImageNet's mean of 500 x 375 is to 256
-BLOCKS = (32, 64, 64, 64)
+BLOCKS = (64, 64, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def spread(values: list[float], digits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--images", type=int, default=1280)
+    parser.add_argument("--images", type=int, default=768)
     parser.add_argument("--no-file", action="store_true", help="print the table only")
     options = parser.parse_args()
     if options.images < 2 * WORKERS * PART:
