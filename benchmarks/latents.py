@@ -52,7 +52,7 @@ def save_autoencoder(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(
+    network: Any = AutoencoderKL(
         block_out_channels=BLOCKS,
         down_block_types=("DownEncoderBlock2D",) * len(BLOCKS),
         up_block_types=("UpDecoderBlock2D",) * len(BLOCKS),
@@ -60,7 +60,8 @@ def save_autoencoder(folder: Path) -> None:
         norm_num_groups=8,
         latent_channels=4,
         sample_size=SIZE,
-    ).save_pretrained(folder)
+    )
+    network.save_pretrained(folder)
 
 
 def save_images(folder: Path, count: int) -> None:
