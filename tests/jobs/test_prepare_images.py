@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import jobs.encode_images
+import jobs.sample_maker
 from jobs.contract import JobRun
 from jobs.prepare_data import body, check
 from mfm_ray.config import load_config
@@ -36,12 +41,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, output: Path, *words: str) -> dict[str, float]:
+def run(place: Path, output: Path, *words: str, log: Callable[[str], None] = lambda line: None) -> dict[str, float]:
     fixed = ["image_size=16", "batch_size=4", "shard_size=10", "scaling.num_workers=0", "heldout_share=0.1"]
     named = [f"source={place}/source", f"autoencoder={place}/vae", f"output={output}"]
     config: Any = load_config("prepare_data", ["data=images", *named, *fixed, *words])
     check(config)
-    return body(JobRun(config=config, storage=Storage(output.parent / "run"), log=lambda line: None)).metrics
+    return body(JobRun(config=config, storage=Storage(output.parent / "run"), log=log)).metrics
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -144,6 +149,33 @@ def test_the_job_counts_and_lists_what_is_damaged(
     assert [line["image"] for line in listed] == ["1.jpg", "2.jpg", "3.jpg"]
     assert listed[0]["reason"].startswith("damaged: ")
     assert [line["reason"] for line in listed[1:]] == ["not an image of a known format", "empty file"]
+
+
+def test_the_same_images_in_a_tar_or_in_parquet_give_the_same_latents(place: Path, tmp_path: Path) -> None:
+    images = {str(path.relative_to(place / "source")): path for path in sorted(place.glob("source/*/*.jpg"))}
+    for kind in ("tars", "tables"):
+        (tmp_path / kind).mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as archive:
+        for name, path in images.items():
+            archive.add(path, name)
+    table = pa.table({"jpg": [path.read_bytes() for path in images.values()]})
+    pq.write_table(table, tmp_path / "tables/0.parquet", row_group_size=7)
+    rows = {}
+    for kind, source in {"folder": place / "source", "tar": tmp_path / "tars", "table": tmp_path / "tables"}.items():
+        metrics = run(place, tmp_path / kind, f"source={source}", "heldout_share=0")
+        assert metrics["damaged"] == 1 and metrics["train.rows"] == 40
+        rows[kind] = load_split(tmp_path / kind, "train").data
+    assert torch.equal(rows["tar"], rows["folder"]) and torch.equal(rows["table"], rows["folder"])
+
+
+def test_progress_names_the_time_left(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.sample_maker, "_LINE_EVERY_S", 0.0)
+    log: list[str] = []
+    run(place, tmp_path / "out", log=log.append)
+    assert log[0] == "41 images (folder), 0 of 5 parts are there"
+    lines = [line for line in log if re.fullmatch(r"\d+ of 41 images, [\d.,]+ images/s, \d+:\d\d left", line)]
+    done = [int(line.split()[0]) for line in lines]
+    assert done == sorted(done) and 0 < done[0] < done[-1] < 41
 
 
 def test_a_source_of_damaged_images_alone_is_refused(place: Path, tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ import pytest
 import torch
 
 from jobs.contract import JobRun
+from jobs.encode_pool import Tally, _Watch
 from jobs.prepare_data import body, check
+from jobs.sample_maker import Progress
+from jobs.sample_pool import LostWorkersError, Workers
 from jobs.stopping import _descendants
 from mfm_ray.config import load_config
 from mfm_ray.data.mapped import read_arrow
@@ -144,6 +147,25 @@ def test_a_worker_that_refuses_ends_the_job_in_one_line(ray_session: None, place
             "scaling.resources_per_worker.CPU=64",
             "scaling.start_timeout_s=1",
         )
+
+
+@pytest.mark.slow
+def test_a_part_that_is_lost_too_often_ends_the_job(ray_session: None) -> None:
+    import ray
+
+    remote: Any = ray.remote
+    tally, log = remote(num_cpus=0)(Tally).remote(), list[str]()
+    workers = Workers(num=1, resources={"CPU": 1.0}, start_timeout_s=240, max_failures=2)
+    watch = _Watch(tally, workers, Progress(log.append, before=0, total=8), log.append)
+    for pid in range(3):
+        ray.get([tally.join.remote("here", pid), tally.begin.remote(7)])
+        watch.look({7})
+    assert log[1:] == [f"{lost} workers were lost so far, others took their places" for lost in (1, 2)]
+    ray.get(tally.begin.remote(7))
+    watch.look(set())  # it was finished after all
+    with pytest.raises(LostWorkersError, match=r"part 7 was lost with its worker 3 times \(scaling.max_failures=2\)"):
+        watch.look({7})
+    ray.kill(tally)
 
 
 @pytest.mark.slow
