@@ -141,28 +141,3 @@ def test_training_needs_no_encoder(ray_session: None, prepared: Prepared, tmp_pa
     words = [*TOY, f"data.path={prepared.shards}", "scaling.num_workers=1", "sample_every=0"]
     done, _ = job_in_process(jobs.train, "train", tmp_path / "run", *words)
     assert np.isfinite(check_trained(prepared, done.artifacts["model"], tmp_path / "run")).all()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_from_images_to_a_model_on_two_workers_each(
-    run_job: Any, ray_session: None, prepared: Prepared, tmp_path: Path
-) -> None:
-    """Shards of two actors are those of one process, losses of two workers those of one; there are no pictures."""
-    save_images(tmp_path / "source")
-    save_tiny_autoencoder(tmp_path / "vae")
-    made = run_job("prepare_data", *words_for(tmp_path), "scaling.num_workers=2")
-    assert made.code == 0, made.describe()
-    shards = {path.name: path.read_bytes() for path in (tmp_path / "latents").glob("*.arrow")}
-    assert shards == {path.name: path.read_bytes() for path in prepared.shards.glob("*.arrow")}
-    for used in ("source", "vae"):
-        shutil.rmtree(tmp_path / used)
-    two = run_job("train", *TOY, f"data.path={tmp_path}/latents", "scaling.num_workers=2", "name=two", "sample_every=2")
-    assert two.code == 0, two.describe()
-    assert f"no pictures of samples: autoencoder={tmp_path}/vae does not exist" in two.stdout
-    here = replace(prepared, autoencoder=f"{tmp_path}/vae")
-    shared = check_trained(here, two.artifacts["model"], tmp_path / "runs" / "two")
-    words = [*TOY, f"data.path={prepared.shards}", "scaling.num_workers=1", "sample_every=0"]
-    one, _ = job_in_process(jobs.train, "train", tmp_path / "one", *words)
-    alone = check_trained(prepared, one.artifacts["model"], tmp_path / "one")
-    torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone), rtol=1e-4, atol=1e-5)
