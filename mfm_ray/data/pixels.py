@@ -58,8 +58,8 @@ def read_pixels(content: bytes, image_size: int, *, interpolation: str = "biline
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             width, height = opened.size
             _check_size(width, height, image_size)
-            upright = ImageOps.exif_transpose(opened)
-            return _square(_rgb(upright), image_size, Image.Resampling[interpolation.upper()])
+            ImageOps.exif_transpose(opened, in_place=True)  # a copy of every picture less
+            return _square(_rgb(opened), image_size, Image.Resampling[interpolation.upper()])
     except DamagedImage:
         raise
     except UnidentifiedImageError as error:
@@ -92,7 +92,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> Image.Image:

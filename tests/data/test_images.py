@@ -116,7 +116,7 @@ def test_too_little_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None
     def full(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "convert", full)
+    monkeypatch.setattr(Image.Image, "crop", full)
     with pytest.raises(MemoryError):
         read_pixels(plain(7), 8)
 
