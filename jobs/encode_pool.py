@@ -210,7 +210,7 @@ def _dataset(
     workers: Workers,
 ) -> Any:
     """Ray Data restarts actors that are lost and gives their parts to others; that it is the default is why nothing
-    is said of it here (saying it by max_restarts is deprecated)."""
+    is said of it here (saying it by max_restarts is deprecated). Each actor has its next part at hand while it works."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -227,7 +227,7 @@ def _dataset(
         PartEncoder,
         fn_constructor_args=(settings, output, workers.device, max(1, int(cpus)), tally),
         batch_size=1,
-        compute=ActorPoolStrategy(size=workers.num, max_tasks_in_flight_per_actor=1),
+        compute=ActorPoolStrategy(size=workers.num, max_tasks_in_flight_per_actor=2),
         num_cpus=cpus,
         num_gpus=gpus,
         resources=resources or None,

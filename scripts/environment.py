@@ -25,7 +25,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("pyproject.toml", "constraints.txt", "scripts/environment.py")
 SUPPORTED = ((3, 10), (3, 13))
-NEEDED_MODULES = ("pip", "torch", "ray", "deepspeed", "hydra", "pyarrow", "optuna", "peft", "diffusers", "pytest", "mfm_ray")
+NEEDED_MODULES = (
+    "pip",
+    "torch",
+    "ray",
+    "deepspeed",
+    "hydra",
+    "pyarrow",
+    "optuna",
+    "peft",
+    "diffusers",
+    "pytest",
+    "mfm_ray",
+)
 
 # Run by the environment's interpreter. Prints the facts that the decision needs; finding a module does not import it.
 PROBE = """
