@@ -210,7 +210,7 @@ def _dataset(
     workers: Workers,
 ) -> Any:
     """Ray Data restarts actors that are lost and gives their parts to others; that it is the default is why nothing
-    is said of it here (saying it by max_restarts is deprecated). Each actor has its next part at hand while it works."""
+    is said of it here (saying it by max_restarts is deprecated). Each actor has its next part at hand."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 

@@ -26,9 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ("pyproject.toml", "constraints.txt", "scripts/environment.py")
 SUPPORTED = ((3, 10), (3, 13))
 NEEDED_MODULES = (
-    *("pip", "torch", "ray", "deepspeed", "hydra", "pyarrow", "optuna", "peft", "diffusers", "pytest"),
-    "mfm_ray",
-)
     "pip",
     "torch",
     "ray",
